@@ -1,0 +1,58 @@
+"""What a request may ask of the layout that serves it.
+
+Pure: no torch, no vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+HINT_KEY = "parallelism_hint"
+"""Field of a request, key in `vllm_xargs` and in `SamplingParams.extra_args`."""
+
+ANYWHERE = ("auto",)
+SINGLE = ("dp", "throughput")
+WIDEST = ("tp", "latency", "long_context")
+DEGREES = {"tp2": 2, "tp4": 4, "tp8": 8}
+VALUES = (*ANYWHERE, "dp", "tp", *DEGREES, "latency", "throughput", "long_context")
+
+
+class HintError(ValueError):
+    """A hint that can't be honoured by any layout of this server; the text lists what can."""
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A request's wish."""
+
+    value: str = "auto"
+
+    def width(self, widths: Collection[int], engine_tp: int) -> int | None:
+        """Group width, in engines, that serves this hint best; None if any will do.
+
+        `widths` are the group widths that were built, 1 included.
+        """
+        if self.value in ANYWHERE:
+            return None
+        if self.value in SINGLE:
+            return 1
+        if self.value in WIDEST:
+            return max(widths)
+        degree = DEGREES[self.value]
+        by_degree = {width * engine_tp: width for width in widths}
+        if degree not in by_degree:
+            raise HintError(
+                f"{HINT_KEY} {self.value!r}: this server has tensor-parallel degrees {sorted(by_degree)}, not {degree}"
+            )
+        return by_degree[degree]
+
+
+def parse_hint(value: Any) -> Hint:
+    """The hint that `value` names; HintError, listing the values, if it names none."""
+    if value is None:
+        return Hint()
+    if not isinstance(value, str) or value.strip().lower() not in VALUES:
+        raise HintError(f"{HINT_KEY} is {value!r}; allowed: {', '.join(VALUES)}")
+    return Hint(value.strip().lower())

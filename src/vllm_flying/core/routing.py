@@ -1,0 +1,78 @@
+"""Which engine takes a request, and which groups to form for one that wants a width nobody has.
+
+Pure: no torch, no vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_flying.core.topology import Group
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """A group as the router sees it. `load` counts requests; `kv_tokens` is what its KV cache can hold."""
+
+    engines: Group
+    load: float
+    kv_tokens: int
+
+    @property
+    def leader(self) -> int:
+        """The engine that takes the group's requests."""
+        return self.engines[0]
+
+
+@dataclass(frozen=True)
+class Route:
+    """The group that takes a request, and whether it has the width that was asked for."""
+
+    group: GroupState
+    honoured: bool
+
+
+def choose_group(
+    groups: Sequence[GroupState], tokens: int = 0, width: int | None = None, pinned_engine: int | None = None
+) -> Route | None:
+    """The group for a request that may need `tokens` of KV; None if it fits none.
+
+    A pinned engine wins; then groups of the wanted `width`; among those that are left, the least load per engine,
+    and the earlier group where loads are equal. A parked engine is never chosen: its leader is.
+    """
+    if pinned_engine is not None:
+        group = next(group for group in groups if pinned_engine in group.engines)
+        return Route(group, width is None or width == len(group.engines)) if tokens <= group.kv_tokens else None
+    fitting = [group for group in groups if tokens <= group.kv_tokens]
+    if not fitting:
+        return None
+    wanted = [group for group in fitting if width is None or len(group.engines) == width]
+    best = min(wanted or fitting, key=lambda group: (group.load / len(group.engines), group.leader))
+    return Route(best, bool(wanted))
+
+
+def groups_with_width(groups: Sequence[Group], width: int, num_engines: int) -> tuple[Group, ...]:
+    """`groups` changed so that one has `width`: the aligned range that touches the fewest groups, the first of these.
+
+    Groups outside the range stay; a wider group that contains the range is split, the rest of it as wide as can be.
+    """
+    ranges = [tuple(range(first, first + width)) for first in range(0, num_engines, width)]
+    chosen = min(ranges, key=lambda r: (sum(1 for group in groups if set(group) & set(r)), r[0]))
+    result = []
+    for group in groups:
+        if not set(group) & set(chosen):
+            result.append(group)
+        elif len(group) > width:
+            result += [part for part in _parts_without(group, chosen)]
+    return tuple(sorted([*result, chosen]))
+
+
+def _parts_without(group: Group, chosen: Group) -> list[Group]:
+    """The widest aligned ranges that make up `group` without `chosen`."""
+    if not set(group) & set(chosen):
+        return [group]
+    if len(group) <= len(chosen):
+        return []
+    half = len(group) // 2
+    return _parts_without(group[:half], chosen) + _parts_without(group[half:], chosen)

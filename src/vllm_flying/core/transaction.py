@@ -1,0 +1,220 @@
+"""A switch of layout as a state machine: prepare, move, prove, commit; or back to where it was.
+
+Pure: no torch, no vllm, no clock, no I/O. The machine says which engine gets which call next; the switcher sends the
+calls and reports replies and failures. Only engines whose group changes take part. Nothing in the old layout is given
+up before every engine is at rest, and nothing is announced before the workers have proved the new layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from vllm_flying.core.topology import Group, Layout
+
+
+class Phase(Enum):
+    """Where a switch stands."""
+
+    PREPARE = "prepare"
+    MOVE = "move"
+    PROVE = "prove"
+    COMMIT = "commit"
+    COMMITTED = "committed"
+    MOVE_BACK = "move back"
+    CANCEL = "cancel"
+    ROLLED_BACK = "rolled back"
+    FAILED = "failed"
+
+
+FINAL = frozenset({Phase.COMMITTED, Phase.ROLLED_BACK, Phase.FAILED})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to one engine's agent."""
+
+    engine: int
+    operation: str
+    arguments: dict[str, Any]
+
+
+@dataclass
+class SwitchTransaction:
+    """One switch from `source` to `target` under `epoch`. Feed it replies; it returns the next calls."""
+
+    epoch: int
+    source: Layout
+    target: Layout
+    method: str
+    phase: Phase = Phase.PREPARE
+    failure: str | None = None
+    prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
+    moved: dict[int, dict[str, Any]] = field(default_factory=dict)
+    proof: list[dict[str, Any]] = field(default_factory=list)
+    committed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _waiting: set[int] = field(default_factory=set)
+    _failed: set[int] = field(default_factory=set)
+
+    @property
+    def engines(self) -> tuple[int, ...]:
+        """Engines that take part."""
+        return self.source.changed_engines(self.target)
+
+    @property
+    def is_over(self) -> bool:
+        """No more calls will come."""
+        return self.phase in FINAL
+
+    @property
+    def waiting_for(self) -> tuple[int, ...]:
+        """Engines whose reply to the present phase is outstanding."""
+        return tuple(sorted(self._waiting))
+
+    def start(self) -> list[Call]:
+        """The first calls; none if the layouts are equal."""
+        return self._enter(Phase.PREPARE)
+
+    def replied(self, engine: int, result: Any) -> list[Call]:
+        """An engine did what the present phase asked for."""
+        self._waiting.discard(engine)
+        if self.phase is Phase.PREPARE:
+            self.prepared[engine] = result
+        elif self.phase is Phase.MOVE:
+            self.moved[engine] = result
+        elif self.phase is Phase.PROVE:
+            self.proof.extend(result)
+        elif self.phase is Phase.COMMIT:
+            self.committed[engine] = result
+        return self._advance()
+
+    def failed(self, engine: int | None, reason: str) -> list[Call]:
+        """An engine refused, or (engine None) the time limit passed. Before the commit the switch is undone.
+
+        While engines are moving, the others' replies are awaited first: what is undone must be known.
+        """
+        if self.is_over:
+            return []
+        if self.failure is None:
+            self.failure = reason
+        if engine is not None:
+            self._failed.add(engine)
+            self._waiting.discard(engine)
+        if self.phase in (Phase.MOVE_BACK, Phase.CANCEL, Phase.COMMIT):
+            if engine is None:
+                self.phase = Phase.FAILED
+                return []
+            return self._advance()
+        if self.phase is Phase.PREPARE:
+            return self._enter(Phase.CANCEL)
+        if engine is None:
+            self._failed.update(self._waiting)
+            self._waiting.clear()
+        return self._advance()
+
+    def _advance(self) -> list[Call]:
+        if self._waiting:
+            return []
+        if self.phase in (Phase.MOVE, Phase.PROVE) and self.failure is not None:
+            return self._enter(Phase.MOVE_BACK)
+        if self.phase is Phase.PREPARE:
+            problem = self._lack_of_pages()
+            if problem:
+                return self.failed(None, problem)
+        if self.phase is Phase.PROVE:
+            problem = self._broken_proof()
+            if problem:
+                self.failure = problem
+                return self._enter(Phase.MOVE_BACK)
+        if self._failed and self.phase in (Phase.MOVE_BACK, Phase.CANCEL, Phase.COMMIT):
+            self.phase = Phase.FAILED
+            return []
+        following = {
+            Phase.PREPARE: Phase.MOVE,
+            Phase.MOVE: Phase.PROVE,
+            Phase.PROVE: Phase.COMMIT,
+            Phase.COMMIT: Phase.COMMITTED,
+            Phase.MOVE_BACK: Phase.CANCEL,
+            Phase.CANCEL: Phase.ROLLED_BACK,
+        }
+        return self._enter(following[self.phase])
+
+    def _enter(self, phase: Phase) -> list[Call]:
+        self.phase = phase
+        if phase in (Phase.MOVE_BACK, Phase.CANCEL):
+            self._failed = set()  # what failed until here is what these phases mend
+        calls = self._calls(phase)
+        self._waiting = {call.engine for call in calls}
+        if not calls and phase not in FINAL:
+            return self._advance()
+        return calls
+
+    def _calls(self, phase: Phase) -> list[Call]:
+        if phase is Phase.PREPARE:
+            return [Call(e, "prepare", {"epoch": self.epoch, "method": self.method}) for e in self.engines]
+        if phase is Phase.MOVE:
+            return self._moves(self.target)
+        if phase is Phase.PROVE:
+            return [Call(group[0], "prove", {}) for group in self._changed_groups(self.target)]
+        if phase is Phase.COMMIT:
+            return [Call(e, "commit", {"epoch": self.epoch, "recipients": self.recipients(e)}) for e in self.engines]
+        if phase is Phase.MOVE_BACK:
+            return self._moves(self.source)
+        if phase is Phase.CANCEL:
+            return [Call(e, "cancel", {"epoch": self.epoch}) for e in self.engines]
+        return []
+
+    def _moves(self, layout: Layout) -> list[Call]:
+        return [
+            Call(engine, "move", {"epoch": self.epoch, "group": list(group), "lease": self.lease(group)})
+            for group in self._changed_groups(layout)
+            for engine in group
+        ]
+
+    def _changed_groups(self, layout: Layout) -> Iterable[Group]:
+        changed = set(self.engines)
+        return [group for group in layout.groups if group[0] in changed]
+
+    def lease(self, group: Group) -> int:
+        """Pages that each member lends to `group`: as many as every member has free once its old group is left."""
+        if len(group) == 1:
+            return 0
+        return min(
+            self.prepared[engine]["free_pages"] + self.prepared[self.source.group_of(engine)[0]]["returnable_pages"]
+            for engine in group
+        )
+
+    def recipients(self, engine: int) -> list[int]:
+        """Engines that run the fresh requests which `engine` kept aside."""
+        target, source = self.target.group_of(engine), self.source.group_of(engine)
+        if engine != target[0]:
+            return [target[0]]
+        if engine == source[0] and len(source) > len(target):
+            others = [group[0] for group in self.target.groups if group[0] in source and group[0] != engine]
+            return [engine, *others]
+        return [engine]
+
+    def _lack_of_pages(self) -> str | None:
+        for group in self._changed_groups(self.target):
+            if len(group) > 1 and self.lease(group) == 0:
+                return (
+                    f"group {list(group)} would have no KV pages: paused requests hold all of a member's; "
+                    "drain instead of pausing, or wait until some finish"
+                )
+        return None
+
+    def _broken_proof(self) -> str | None:
+        changed = set(self.engines)
+        proved = {(p["engine"], p["tp_size"]) for p in self.proof}
+        for group in self.target.groups:
+            if group[0] not in changed:
+                continue
+            sizes = {size for engine, size in proved if engine in group}
+            ranks = sorted(p["tp_rank"] for p in self.proof if p["engine"] in group)
+            if len(sizes) != 1 or {e for e, _ in proved if e in group} != set(group):
+                return f"workers of group {list(group)} prove tensor-parallel sizes {sorted(sizes)}, not one for all"
+            if len(group) > 1 and ranks != list(range(next(iter(sizes)))):
+                return f"workers of group {list(group)} prove ranks {ranks}"
+        return None

@@ -1,0 +1,168 @@
+"""One place that decides which engine takes a request, in every API server.
+
+May import vllm. Admission refuses what no group can hold and forms the width that a hint asks for; routing then picks
+the engine. As long as no engine is merged and no hint given, vLLM's own load balancing decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint
+from vllm_flying.core.routing import GroupState, Route, choose_group, groups_with_width
+from vllm_flying.core.topology import Layout
+from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
+from vllm_flying.frontend.engines import EngineCalls
+from vllm_flying.frontend.runtime import runtime_directory
+from vllm_flying.frontend.served import served_layouts
+from vllm_flying.frontend.switcher import Switcher, SwitchFailed
+from vllm_flying.settings import Settings, settings_from_vllm_config
+
+logger = init_logger("vllm.flying.router")
+
+PENDING_RETRY_S = 0.01
+
+
+class Router:
+    """Routing state of one API server."""
+
+    def __init__(self, client: Any, settings: Settings, max_model_len: int) -> None:
+        directory = runtime_directory()
+        self._client = client
+        self.settings = settings
+        self._max_model_len = max_model_len
+        self._directory = directory
+        self._board = LayoutBoard(directory)
+        self.engines = EngineCalls(client)
+        self.switcher = Switcher(self.engines, self._board, directory, settings)
+
+    # ---- the layout -----------------------------------------------------------------------------------------------
+
+    async def ready(self) -> BoardState:
+        """The announced layout; announces the one at start if nobody has."""
+        while not self._board.exists:
+            try:
+                with switch_lock(self._directory):
+                    if not self._board.exists:
+                        statuses = await self.engines.call_all("status")
+                        groups = tuple(BoardGroup((s["engine"],), s["kv_tokens_capacity"]) for s in statuses)
+                        self._board.publish(BoardState(0, self.settings.engine_tp, groups))
+            except SwitchPendingError:
+                await asyncio.sleep(PENDING_RETRY_S)
+        return self._board.read()
+
+    @property
+    def has_switched(self) -> bool:
+        """Whether requests may be with another engine than the one they were sent to."""
+        return self._board.exists and self._board.read().epoch > 0
+
+    def _groups(self, state: BoardState) -> list[GroupState]:
+        return [GroupState(group.engines, self._load(group.engines[0]), group.kv_tokens) for group in state.groups]
+
+    def _load(self, leader: int) -> float:
+        # As vLLM estimates it: what engines report every 100 ms, or what this server has sent, whichever is more.
+        waiting, running, _ = self._client.lb_engines[leader]
+        sent = self._client.engine_inflight[self._client.core_engines[leader]]
+        return float(max(waiting + running, sent * self._client.client_count))
+
+    # ---- admission ------------------------------------------------------------------------------------------------
+
+    async def admit(self, request: Any) -> None:
+        """Refuse a request that can't run, with the numbers; form the width that its hint asks for."""
+        state = await self.ready()
+        width = self._wanted_width(request)
+        tokens = self._tokens(request, state)
+        if width is not None and self.settings.on_hint == "form":
+            await self._form(width)
+            state = self._board.read()
+        if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
+            capacities = {str(list(group.engines)): group.kv_tokens for group in state.groups}
+            raise VLLMValidationError(
+                f"This request may need {tokens} tokens of KV cache; the groups of engines hold {capacities}. Shorten "
+                "the prompt, lower max_tokens, or merge engines: POST /plugins/flying/switch, or send "
+                f"{HINT_KEY}=long_context.",
+                parameter="prompt",
+                value=tokens,
+            )
+
+    def _hint(self, request: Any) -> Hint:
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        return parse_hint(extra.get(HINT_KEY))
+
+    def _wanted_width(self, request: Any) -> int | None:
+        try:
+            return self._hint(request).width({1, *self.settings.built_widths()}, self.settings.engine_tp)
+        except HintError as error:
+            raise VLLMValidationError(str(error), parameter=HINT_KEY) from None
+
+    def _tokens(self, request: Any, state: BoardState) -> int:
+        """KV tokens that the request may need. A max_tokens that only fills the context is cut to what is there."""
+        prompt = len(request.prompt_token_ids or ())
+        params = request.sampling_params
+        if params is None or params.max_tokens is None:
+            return prompt
+        most = max(group.kv_tokens for group in state.groups)
+        if prompt + params.max_tokens >= self._max_model_len and prompt < most < prompt + params.max_tokens:
+            params.max_tokens = most - prompt
+        return prompt + int(params.max_tokens)
+
+    async def _form(self, width: int) -> None:
+        deadline = asyncio.get_running_loop().time() + self.settings.switch_timeout_s
+        while asyncio.get_running_loop().time() < deadline:
+            state = self._board.read()
+            groups = tuple(group.engines for group in state.groups)
+            if any(len(group) == width for group in groups):
+                return
+            target = Layout.of(groups_with_width(groups, width, self.engines.num_engines), self.engines.num_engines)
+            try:
+                await self.switcher.switch(
+                    target, self.settings.switch_method, self.settings.switch_timeout_s, f"hint for width {width}"
+                )
+            except SwitchPendingError:
+                await asyncio.sleep(PENDING_RETRY_S)
+            except SwitchFailed as failure:
+                logger.warning("No group of width %d could be formed, the request runs where it can: %s", width, failure)
+                return
+
+    # ---- routing --------------------------------------------------------------------------------------------------
+
+    def route(self, request: Any) -> None:
+        """Pin the request to an engine that serves, unless vLLM's own balancing may decide."""
+        if not self._board.exists:
+            return
+        state = self._board.read()
+        pinned, width = request.data_parallel_rank, self._wanted_width(request)
+        merged = any(len(group.engines) > 1 for group in state.groups)
+        if not merged and (width in (None, 1)):
+            return
+        route = choose_group(self._groups(state), self._tokens(request, state), width, pinned)
+        if route is None:  # the layout changed since admission: the widest group can hold most
+            widest = max(self._groups(state), key=lambda group: group.kv_tokens)
+            route = Route(widest, honoured=False)
+        request.data_parallel_rank = route.group.leader
+
+    def record(self, chosen: bytes) -> None:
+        """Note for the HTTP layer which group took the request."""
+        record = served_layouts.get()
+        if record is None or not self._board.exists:
+            return
+        engine = self._client.core_engines.index(chosen)
+        state = self._board.read()
+        group = next(group.engines for group in state.groups if engine in group.engines)
+        record.add(group, len(group) * state.engine_tp)
+
+
+def router_of(client: Any, vllm_config: Any) -> Router | None:
+    """The router of an engine client; None if the plugin isn't enabled for it."""
+    if not isinstance(client, DPLBAsyncMPClient) or "flying" not in (vllm_config.additional_config or {}):
+        return None
+    router: Router | None = getattr(client, "_flying_router", None)
+    if router is None:
+        router = Router(client, settings_from_vllm_config(vllm_config), vllm_config.model_config.max_model_len)
+        client._flying_router = router
+    return router

@@ -1,0 +1,39 @@
+"""The runtime directory of a server: where its processes meet and where the layout is announced.
+
+Pure: no torch, no vllm. The process that starts the server makes it; all others inherit its name.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+VARIABLE = "FLYING_RUNTIME_DIR"
+
+
+def runtime_directory() -> Path:
+    """The directory of this server; RuntimeError in a process that doesn't belong to one."""
+    name = os.environ.get(VARIABLE)
+    if not name:
+        raise RuntimeError(
+            f"{VARIABLE} is not set: this process was not started by a server with vllm-flying enabled; enable it with "
+            "--worker-extension-cls vllm_flying.WorkerExtension"
+        )
+    return Path(name)
+
+
+def ensure_runtime_directory() -> Path:
+    """Make the directory if this process starts the server; it is removed when this process ends."""
+    if VARIABLE not in os.environ:
+        directory = tempfile.mkdtemp(prefix="vllm-flying-")
+        os.environ[VARIABLE] = directory
+        atexit.register(_remove, directory, os.getpid())
+    return runtime_directory()
+
+
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # forked children run the same handlers
+        shutil.rmtree(directory, ignore_errors=True)

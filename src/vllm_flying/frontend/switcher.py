@@ -1,0 +1,181 @@
+"""Runs a switch from an API server: takes the lock, sends the transaction's calls, announces the result.
+
+May import vllm indirectly (the engine calls). Any API server can switch; the lock file lets one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_flying.core.topology import Layout, LayoutError
+from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
+from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, switch_lock
+from vllm_flying.frontend.engines import EngineCalls
+from vllm_flying.settings import Settings
+
+logger = init_logger("vllm.flying.switch")
+
+# When to look for requests that were on their way to an engine while it was being parked.
+COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
+UNDO_LIMIT_S = 10.0
+METHODS = ("auto", "drain", "pause")
+
+
+class SwitchFailed(RuntimeError):
+    """The switch did not happen. `record` says what was tried; `timed_out` whether the time limit was the reason."""
+
+    def __init__(self, record: dict[str, Any], timed_out: bool) -> None:
+        super().__init__(record["error"])
+        self.record = record
+        self.timed_out = timed_out
+
+
+class Switcher:
+    """Changes the layout of this server."""
+
+    def __init__(self, engines: EngineCalls, board: LayoutBoard, directory: Path, settings: Settings) -> None:
+        self._engines = engines
+        self._board = board
+        self._directory = directory
+        self._settings = settings
+        self._background: set[asyncio.Task[None]] = set()
+
+    def layout(self) -> Layout:
+        """The present layout, as announced."""
+        return Layout.of([group.engines for group in self._board.read().groups], self._engines.num_engines)
+
+    def check(self, groups: Iterable[Sequence[int]], method: str) -> Layout:
+        """The layout that `groups` name; LayoutError if it can't be, ValueError for an unknown method."""
+        if method not in METHODS:
+            allowed = ", ".join(METHODS)
+            raise ValueError(f"method {method!r} is not available; this version has: {allowed}")
+        target = Layout.of(groups, self._engines.num_engines)
+        built = {1, *self._settings.built_widths()}
+        for group in target.groups:
+            if len(group) not in built:
+                raise LayoutError(f"group {list(group)}: layouts of width {sorted(built)} were built at start")
+        return target
+
+    async def switch(
+        self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = "request"
+    ) -> dict[str, Any]:
+        """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else."""
+        with switch_lock(self._directory):
+            state = self._board.read()
+            source = self.layout()
+            chosen = "pause" if method == "auto" else method
+            transaction = SwitchTransaction(state.epoch + 1, source, target, chosen)
+            seconds = await self._run(transaction, timeout_s)
+            record = self._record(transaction, seconds, reason)
+            if transaction.phase is not Phase.COMMITTED:
+                # The epoch is used up: an engine may have seen it.
+                self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
+                logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
+                raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
+            self._announce(state, transaction, record)
+            await self._hand_over(transaction)
+        self._collect_later(transaction)
+        logger.info(
+            "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
+            transaction.epoch, record["from"], record["to"], reason, chosen, 1e3 * record["seconds"]["total"],
+        )
+        return record
+
+    async def _run(self, transaction: SwitchTransaction, timeout_s: float) -> dict[str, float]:
+        started = time.perf_counter()
+        deadline = started + timeout_s
+        seconds = dict.fromkeys(("prepare", "move", "prove", "commit"), 0.0)
+        pending = self._send(transaction.start())
+        undo_deadline: float | None = None
+        entered, phase = started, transaction.phase
+        while not transaction.is_over:
+            if undo_deadline is None and transaction.failure is not None:
+                undo_deadline = time.perf_counter() + UNDO_LIMIT_S
+            limit = deadline if undo_deadline is None else undo_deadline
+            done, _ = await asyncio.wait(
+                pending, timeout=max(0.0, limit - time.perf_counter()), return_when=asyncio.FIRST_COMPLETED
+            )
+            calls: list[Call] = []
+            if not done:
+                calls = transaction.failed(None, _time_limit(timeout_s))
+            for task in done:
+                sent = pending.pop(task)
+                if sent[1] is not transaction.phase:
+                    continue  # an answer to a phase that was given up
+                error = task.exception()
+                if error is None:
+                    calls += transaction.replied(sent[0].engine, task.result())
+                else:
+                    calls += transaction.failed(sent[0].engine, f"engine {sent[0].engine}: {error}")
+            if transaction.phase is not phase:
+                now = time.perf_counter()
+                if phase.value in seconds:
+                    seconds[phase.value] += now - entered
+                entered, phase = now, transaction.phase
+            pending.update(self._send(calls, transaction.phase))
+        seconds["total"] = time.perf_counter() - started
+        return seconds
+
+    def _send(self, calls: list[Call], phase: Phase = Phase.PREPARE) -> dict[asyncio.Task[Any], tuple[Call, Phase]]:
+        return {
+            asyncio.ensure_future(self._engines.call(call.engine, call.operation, call.arguments)): (call, phase)
+            for call in calls
+        }
+
+    def _record(self, transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
+        outcome = transaction.phase.value
+        begun = sum(reply["begun"] for reply in transaction.prepared.values())
+        return {
+            "epoch": transaction.epoch,
+            "from": transaction.source.to_lists(),
+            "to": transaction.target.to_lists(),
+            "reason": reason,
+            "method": transaction.method,
+            "outcome": outcome.replace(" ", "_"),
+            "error": transaction.failure,
+            "requests": {"paused": begun},
+            "seconds": {name: round(value, 6) for name, value in seconds.items()},
+            "proof": transaction.proof,
+        }
+
+    def _announce(self, state: BoardState, transaction: SwitchTransaction, record: dict[str, Any]) -> None:
+        known = {group.engines: group.kv_tokens for group in state.groups}
+        groups = tuple(
+            BoardGroup(group, transaction.moved[group[0]]["kv_tokens"] if group[0] in transaction.moved else known[group])
+            for group in transaction.target.groups
+        )
+        self._board.publish(replace(state, epoch=transaction.epoch, groups=groups, last_switch=record))
+
+    async def _hand_over(self, transaction: SwitchTransaction) -> None:
+        for reply in transaction.committed.values():
+            for recipient, packed in reply["handover"].items():
+                await self._engines.call(int(recipient), "adopt", {"packed": packed})
+
+    def _collect_later(self, transaction: SwitchTransaction) -> None:
+        parked = [engine for engine in transaction.engines if transaction.target.group_of(engine)[0] != engine]
+        if parked:
+            task = asyncio.ensure_future(self._collect(parked, transaction.target))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    async def _collect(self, parked: list[int], layout: Layout) -> None:
+        """Hand on requests that reached an engine after it was parked, before every router knew."""
+        waited = 0.0
+        for moment in COLLECT_AFTER_S:
+            await asyncio.sleep(moment - waited)
+            waited = moment
+            for engine in parked:
+                packed = await self._engines.call(engine, "collect")
+                if packed:
+                    await self._engines.call(layout.group_of(engine)[0], "adopt", {"packed": packed})
+
+
+def _time_limit(timeout_s: float) -> str:
+    return f"the time limit of {timeout_s:g} s passed"

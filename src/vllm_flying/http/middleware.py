@@ -1,0 +1,141 @@
+"""Reads a request's hint and names the layout that served it.
+
+Imports neither torch nor vllm. The hint may stand in the body's field `parallelism_hint`, in its `vllm_xargs`, or in
+the header `X-Parallelism-Hint`; it is handed on in `vllm_xargs`, vLLM's own place for extra arguments. Bodies without
+a hint pass through byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vllm_flying.core.hints import HINT_KEY, HintError, parse_hint
+from vllm_flying.frontend.served import ServedLayouts, served_layouts
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+HINT_HEADER = b"x-parallelism-hint"
+LAYOUT_HEADER = b"x-flying-layout"
+
+
+class ParallelismHintMiddleware:
+    """Pure ASGI. Does nothing while `is_enabled()` is false."""
+
+    def __init__(self, app: App, is_enabled: Callable[[], bool] = lambda: True) -> None:
+        self.app = app
+        self._is_enabled = is_enabled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one HTTP request; everything that doesn't generate text passes through."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in PATHS or not self._is_enabled():
+            await self.app(scope, receive, send)
+            return
+        body = await _read(receive)
+        if body is None:  # the client is gone
+            return
+        try:
+            body = _with_hint(body, _header(scope, HINT_HEADER))
+        except HintError as error:
+            await _refuse(send, str(error))
+            return
+        headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+        scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
+        record = ServedLayouts()
+        token = served_layouts.set(record)
+        try:
+            await self.app(scope, _replay(body, receive), _LayoutHeader(send, record))
+        finally:
+            served_layouts.reset(token)
+
+
+class _LayoutHeader:
+    """Adds `x-flying-layout` to the response.
+
+    A streamed response starts before its request is routed: its start is held back until the first part of the body
+    comes, so that the header can be set. The first part comes with the first token, so nothing is delayed.
+    """
+
+    def __init__(self, send: Send, record: ServedLayouts) -> None:
+        self._send = send
+        self._record = record
+        self._held: Message | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._held = message
+            return
+        if self._held is not None:
+            start, self._held = self._held, None
+            if self._record.layouts:
+                start["headers"] = [*start.get("headers", []), (LAYOUT_HEADER, self._record.header().encode())]
+            await self._send(start)
+        await self._send(message)
+
+
+def _with_hint(body: bytes, header: str | None) -> bytes:
+    """`body` with the one hint it carries in `vllm_xargs`; unchanged if there is none. HintError for a bad one."""
+    if header is None and HINT_KEY.encode() not in body:
+        return body
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return body  # vLLM answers
+    if not isinstance(fields, dict):
+        return body
+    extra = fields.get("vllm_xargs")
+    places = {
+        f"field {HINT_KEY}": fields.pop(HINT_KEY, None),
+        f"vllm_xargs.{HINT_KEY}": extra.get(HINT_KEY) if isinstance(extra, dict) else None,
+        "header X-Parallelism-Hint": header,
+    }
+    given = {place: parse_hint(value).value for place, value in places.items() if value is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{place} = {value!r}" for place, value in given.items())
+        raise HintError(f"the request carries different hints: {listed}; send one")
+    for value in given.values():
+        fields["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), HINT_KEY: value}
+    return json.dumps(fields).encode()
+
+
+async def _read(receive: Receive) -> bytes | None:
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name), None)
+
+
+async def _refuse(send: Send, text: str) -> None:
+    error = {"message": text, "type": "BadRequestError", "param": HINT_KEY, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

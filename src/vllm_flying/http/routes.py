@@ -1,0 +1,111 @@
+"""GET /plugins/flying/status, POST /plugins/flying/switch, GET /plugins/flying/memory.
+
+May import vllm and fastapi. Guarded by vLLM's API keys as the /v1 routes are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from vllm import envs
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from vllm_flying.core.topology import LayoutError
+from vllm_flying.frontend.board import SwitchPendingError
+from vllm_flying.frontend.switcher import SwitchFailed
+
+PREFIX = "/plugins/flying"
+
+
+class SwitchBody(BaseModel):
+    """What a client asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    groups: list[list[int]]
+    method: str | None = None
+    timeout_s: float | None = Field(default=None, gt=0, le=3600)
+
+
+def build_router(app: FastAPI) -> APIRouter:
+    """The routes, guarded."""
+
+    def guard(request: Request) -> None:
+        keys = [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        if keys and not AuthenticationMiddleware(app, keys).verify_token(request.headers):
+            raise HTTPException(401, "Unauthorized")
+
+    def enabled() -> Any:
+        router = getattr(app.state, "flying_router", None)
+        if router is None:
+            raise HTTPException(
+                404, "vllm-flying is not enabled on this server: start it with --worker-extension-cls "
+                "vllm_flying.WorkerExtension and --data-parallel-size of at least 2"
+            )
+        return router
+
+    routes = APIRouter(prefix=PREFIX, dependencies=[Depends(guard)])
+
+    @routes.get("/status")
+    async def status(flying: Any = Depends(enabled)) -> JSONResponse:
+        return JSONResponse(await _status(flying))
+
+    @routes.get("/memory")
+    async def memory(flying: Any = Depends(enabled)) -> JSONResponse:
+        return JSONResponse({"workers": await flying.engines.call_all("memory")})
+
+    @routes.post("/switch")
+    async def switch(body: SwitchBody, flying: Any = Depends(enabled)) -> JSONResponse:
+        settings = flying.settings
+        method = body.method or settings.switch_method
+        try:
+            await flying.ready()
+            target = flying.switcher.check(body.groups, method)
+            record = await flying.switcher.switch(target, method, body.timeout_s or settings.switch_timeout_s)
+        except (LayoutError, ValueError) as error:
+            return _error(422, str(error))
+        except SwitchPendingError as error:
+            return _error(409, str(error))
+        except SwitchFailed as failure:
+            return _error(504 if failure.timed_out else 500, str(failure), failure.record)
+        return JSONResponse(record)
+
+    return routes
+
+
+def _error(code: int, message: str, record: dict[str, Any] | None = None) -> JSONResponse:
+    body: dict[str, Any] = {"error": {"message": message, "code": code}}
+    if record is not None:
+        body["record"] = record
+    return JSONResponse(body, status_code=code)
+
+
+async def _status(flying: Any) -> dict[str, Any]:
+    state = await flying.ready()
+    statuses = await flying.engines.call_all("status")
+    by_engine = {status["engine"]: status for status in statuses}
+    groups = []
+    for group in state.groups:
+        members = [by_engine[engine] for engine in group.engines]
+        leader = members[0]
+        groups.append(
+            {
+                "engines": list(group.engines),
+                "layout": {"tp": len(group.engines) * state.engine_tp, "sp": 1, "pp": 1},
+                "leader": group.engines[0],
+                "running": leader["running"],
+                "waiting": sum(member["waiting"] for member in members),
+                "paused": sum(member["paused"] for member in members),
+                "kv_tokens_capacity": leader["kv_tokens_capacity"],
+                "kv_tokens_used": leader["kv_tokens_used"],
+            }
+        )
+    return {
+        "epoch": state.epoch,
+        "engines": [{"engine": s["engine"], "state": s["state"], "group": s["group"]} for s in statuses],
+        "groups": groups,
+        "last_switch": state.last_switch,
+    }

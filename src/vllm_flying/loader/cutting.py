@@ -1,0 +1,109 @@
+"""Cut the layers of a freshly loaded model into tiles, layer by layer, so that only one layer exists twice at a time.
+
+May import torch and vllm. Works on vLLM's own parallel layer classes; no model is named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from vllm_flying.core.tiles import TilePlan
+from vllm_flying.loader.methods import (
+    PlainEmbeddingMethod,
+    TiledColumnsMethod,
+    TiledEmbeddingMethod,
+    TiledRowsMethod,
+)
+from vllm_flying.loader.resident import CutLayer, ResidentWeights
+from vllm_flying.loader.tile import Tile
+
+
+class UnsupportedModelError(RuntimeError):
+    """A model this plugin can't change the layout of; the text names the layer and the reason."""
+
+
+def is_sharded_linear(module: nn.Module) -> bool:
+    """True for vLLM's linear layers that split over tensor-parallel ranks."""
+    return isinstance(module, LinearBase) and not isinstance(module, ReplicatedLinear) and not module.disable_tp
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Refuse layers whose weights can't be cut."""
+    if is_sharded_linear(module):
+        if type(module.quant_method) is not UnquantizedLinearMethod:
+            raise UnsupportedModelError(
+                f"layer {name} uses {type(module.quant_method).__name__}; quantised weights can't change their layout yet"
+            )
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            raise UnsupportedModelError(f"layer {name} is a {type(module).__name__}, which can't be cut into tiles")
+    elif isinstance(module, VocabParallelEmbedding) and type(module.quant_method) is not UnquantizedEmbeddingMethod:
+        raise UnsupportedModelError(
+            f"layer {name} uses {type(module.quant_method).__name__}; quantised embeddings can't change their layout yet"
+        )
+
+
+def cut_model(resident: ResidentWeights) -> None:
+    """Cut every sharded layer of the resident model; the layers then compute from all their tiles."""
+    all_tiles = range(resident.num_tiles)
+    embeddings = [m for m in resident.model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [m for m in embeddings if isinstance(m, ParallelLMHead)] or embeddings
+    looked_up = {m.weight.data_ptr() for m in embeddings if not isinstance(m, ParallelLMHead)}
+    for name, module in resident.model.named_modules():
+        check_supported(name, module)
+        if is_sharded_linear(module):
+            cut = _cut_linear(module, resident.num_tiles)
+            resident.cut_layers[name] = cut
+            module.quant_method = (TiledRowsMethod if cut.by_rows else TiledColumnsMethod)(cut, all_tiles)
+            _drop_weight(module)
+        elif any(module is head for head in heads):
+            cut = _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), resident.num_tiles))
+            resident.cut_layers[name] = cut
+            module.quant_method = TiledEmbeddingMethod(TiledRowsMethod(cut, all_tiles))
+            if module.weight.data_ptr() not in looked_up:
+                _drop_weight(module)
+        elif isinstance(module, VocabParallelEmbedding):
+            module.quant_method = PlainEmbeddingMethod()
+
+
+def _cut_linear(module: nn.Module, num_tiles: int) -> CutLayer:
+    if isinstance(module, RowParallelLinear):
+        plan = TilePlan((module.input_size_per_partition,), num_tiles)
+        weight = module.weight.data
+        tiles = tuple(
+            Tile(weight[:, start:stop].contiguous(), None)
+            for tile in range(num_tiles)
+            for start, stop in plan.tile_ranges(tile)
+        )
+        return CutLayer(plan, tiles, by_rows=False)
+    assert isinstance(module, ColumnParallelLinear)
+    return _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), num_tiles))
+
+
+def _cut_rows(module: nn.Module, plan: TilePlan) -> CutLayer:
+    weight: torch.Tensor = module.weight.data
+    bias: torch.Tensor | None = None if getattr(module, "bias", None) is None else module.bias.data
+    tiles = []
+    for tile in range(plan.num_tiles):
+        ranges = plan.tile_ranges(tile)
+        rows = torch.cat([weight[start:stop] for start, stop in ranges])
+        tile_bias = None if bias is None else torch.cat([bias[start:stop] for start, stop in ranges])
+        tiles.append(Tile(rows, tile_bias))
+    return CutLayer(plan, tuple(tiles), by_rows=True)
+
+
+def _drop_weight(module: nn.Module) -> None:
+    # Layers and runners ask a weight for its dtype and device, so an empty one stays.
+    module.weight = nn.Parameter(module.weight.data.new_empty(0), requires_grad=False)

@@ -1,0 +1,266 @@
+"""The scheduler that vLLM's engine core talks to: one stock scheduler per group width behind vLLM's own interface.
+
+May import vllm. Only the active width is scheduled; requests of the others keep their pages and their state and go on
+when their width comes back. Every step is tagged with the scheduler that made it, so results of steps in flight at a
+switch reach the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, resolve_kv_cache_block_sizes
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.utils.hashing import get_hash_fn_by_name
+
+from vllm_flying.core.topology import available_widths
+from vllm_flying.scheduler import registry
+from vllm_flying.scheduler.page_pool import PagePool
+from vllm_flying.settings import settings_from_vllm_config
+from vllm_flying.worker.kv_views import wide_kv_cache_config
+from vllm_flying.worker.layout_table import wide_vllm_config
+
+logger = init_logger("vllm.flying.scheduler")
+
+
+class FlyingScheduler(SchedulerInterface):
+    """Stock schedulers by width; width 1 is the engine by itself."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        structured_output_manager: StructuredOutputManager,
+        block_size: int,
+        hash_block_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.kv_cache_config = kv_cache_config
+        self.structured_output_manager = structured_output_manager
+        scheduler_cls = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+        settings = settings_from_vllm_config(vllm_config)
+        self.schedulers: dict[int, Scheduler] = {}
+        self.pools: dict[int, PagePool] = {}
+        self._hashers: dict[int, Any] = {}
+        for width in (1, *available_widths(settings.num_engines, settings.widths)):
+            config, kv_config, sizes = vllm_config, kv_cache_config, (block_size, hash_block_size or block_size)
+            if width > 1:
+                config = wide_vllm_config(vllm_config, width)
+                config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+                kv_config = wide_kv_cache_config(kv_cache_config, width)
+                sizes = resolve_kv_cache_block_sizes(kv_config, config)
+            with set_current_vllm_config(config):
+                scheduler = scheduler_cls(
+                    config, kv_config, structured_output_manager, block_size=sizes[0], hash_block_size=sizes[1], **kwargs
+                )
+            self.schedulers[width] = scheduler
+            self.pools[width] = PagePool(scheduler.kv_cache_manager.block_pool, owns_all=width == 1)
+            self._hashers[width] = self._hasher(sizes[1])
+        self.active_width = 1
+        self.parked = False
+        """A member that doesn't lead: schedules nothing, keeps what arrives for the leader."""
+        self.holding = False
+        """A switch is being prepared: new requests are kept aside."""
+        self.stopped = False
+        """A switch is being prepared: no steps."""
+        self.held: list[Request] = []
+        self._width_of_step: dict[int, int] = {}
+        registry.register(vllm_config, self)
+
+    def _hasher(self, hash_block_size: int) -> Any:
+        if not self.vllm_config.cache_config.enable_prefix_caching:
+            return None
+        hash_function = get_hash_fn_by_name(self.vllm_config.cache_config.prefix_caching_hash_algo)
+        return get_request_block_hasher(hash_block_size, hash_function)
+
+    @property
+    def active(self) -> Scheduler:
+        """The scheduler of the active width."""
+        return self.schedulers[self.active_width]
+
+    # What the engine core reads from its scheduler besides the interface.
+    @property
+    def connector(self) -> Any:
+        """KV connectors are refused at start."""
+        return None
+
+    @property
+    def ec_connector(self) -> Any:
+        """Encoder cache connectors are refused at start."""
+        return None
+
+    @property
+    def kv_cache_manager(self) -> Any:
+        """That of the active width."""
+        return self.active.kv_cache_manager
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Give a request to the active scheduler, or keep it aside for whoever will run it."""
+        known = next((s for s in self.schedulers.values() if request.request_id in s.requests), None)
+        if known is not None:  # another chunk of a streaming-input session
+            known.add_request(request)
+        elif self.holding or self.parked:
+            self.held.append(request)
+        else:
+            self.admit(request, self.active_width)
+
+    def admit(self, request: Request, width: int) -> None:
+        """Add a request to the scheduler of `width`, whose blocks hash another number of tokens than other widths'."""
+        request._block_hasher = self._hashers[width]
+        request.block_hashes = []
+        request.update_block_hashes()
+        self.schedulers[width].add_request(request)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """Finish requests wherever they are: running, paused in another width, or kept aside."""
+        ids = [request_ids] if isinstance(request_ids, str) else None if request_ids is None else list(request_ids)
+        for request in [r for r in self.held if ids is None or r.request_id in ids]:
+            # Through a scheduler, so that the front end hears of it as of any other request.
+            self.held.remove(request)
+            self.admit(request, self.active_width)
+        finished: list[Request] = []
+        for scheduler in self.schedulers.values():
+            finished += scheduler.finish_requests(ids, finished_status)
+        return finished
+
+    def release_held(self) -> None:
+        """Admit what was kept aside."""
+        held, self.held = self.held, []
+        for request in held:
+            self.add_request(request)
+
+    def take_held(self) -> list[Request]:
+        """Take what was kept aside, to be run elsewhere."""
+        held, self.held = self.held, []
+        return held
+
+    def set_aside_fresh(self) -> None:
+        """Take requests that have computed nothing yet out of the active scheduler, in their order."""
+        scheduler = self.active
+        fresh = [r for r in scheduler.waiting if r.num_computed_tokens == 0 and not r.num_output_tokens
+                 and r.num_preemptions == 0 and r.streaming_queue is None]
+        if not fresh:
+            return
+        scheduler.waiting.remove_requests(fresh)
+        scheduler.deferred_waiting.difference_update(fresh)
+        for request in fresh:
+            del scheduler.requests[request.request_id]
+        self.held[:0] = fresh
+
+    @property
+    def num_paused(self) -> int:
+        """Unfinished requests of widths that aren't active, or of a parked engine."""
+        return sum(
+            sum(scheduler.get_request_counts())
+            for width, scheduler in self.schedulers.items()
+            if self.parked or width != self.active_width
+        )
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """The active scheduler's next step, tagged."""
+        output = self.active.schedule(throttle_prefills)
+        self._width_of_step[id(output)] = self.active_width
+        return output
+
+    def _scheduler_of(self, scheduler_output: Any) -> Scheduler:
+        return self.schedulers[self._width_of_step.get(id(scheduler_output), self.active_width)]
+
+    def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
+        """Bitmask for the step, from the scheduler that made it."""
+        return self._scheduler_of(scheduler_output).get_grammar_bitmask(scheduler_output)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Hand the step's results to the scheduler that made it, in whatever layout the engine is by now."""
+        scheduler = self._scheduler_of(scheduler_output)
+        self._width_of_step.pop(id(scheduler_output), None)
+        outputs = scheduler.update_from_output(scheduler_output, model_runner_output)
+        registry.after_step(self.vllm_config)
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """As vLLM's."""
+        self.active.update_draft_token_ids(draft_token_ids)
+
+    def update_draft_token_ids_in_output(self, draft_token_ids: Any, scheduler_output: Any) -> None:
+        """As vLLM's."""
+        self._scheduler_of(scheduler_output).update_draft_token_ids_in_output(draft_token_ids, scheduler_output)
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def get_num_unfinished_requests(self) -> int:
+        """All requests this engine answers for, in every width."""
+        return sum(s.get_num_unfinished_requests() for s in self.schedulers.values()) + len(self.held)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step could get a request further."""
+        return not self.parked and not self.stopped and self.active.has_unfinished_requests()
+
+    def has_finished_requests(self) -> bool:
+        """Whether a step is needed to tell workers and front ends of finished requests."""
+        return not self.parked and not self.stopped and self.active.has_finished_requests()
+
+    def has_requests(self) -> bool:
+        """Whether the engine should step."""
+        return not self.parked and not self.stopped and self.active.has_requests()
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """(running, waiting) as the load balancer counts them."""
+        running, waiting = self.active.get_request_counts()
+        return (0 if self.parked else running), waiting + len(self.held)
+
+    def get_kv_cache_usage(self) -> float:
+        """Used share of the pages that the active width owns."""
+        pool = self.pools[self.active_width]
+        return pool.num_used / pool.num_owned if pool.num_owned else 0.0
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """The active scheduler's statistics."""
+        return self.active.make_stats(*args, **kwargs)
+
+    @property
+    def pause_state(self) -> PauseState:
+        """As vLLM's."""
+        return self.schedulers[1].pause_state
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """As vLLM's, for every width."""
+        for scheduler in self.schedulers.values():
+            scheduler.set_pause_state(pause_state)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget cached prefixes in every width; False if requests still hold pages somewhere."""
+        done = True
+        for width, scheduler in self.schedulers.items():
+            if reset_running_requests and scheduler.running:
+                scheduler.reset_prefix_cache(reset_running_requests=True) if width == 1 else None
+            done = self.pools[width].forget_prefixes() and done
+        return done
+
+    def reset_encoder_cache(self) -> None:
+        """As vLLM's, for every width."""
+        for scheduler in self.schedulers.values():
+            scheduler.reset_encoder_cache()
+
+    def get_kv_event_publisher_config(self) -> Any:
+        """As vLLM's."""
+        return self.schedulers[1].get_kv_event_publisher_config()
+
+    def shutdown(self) -> None:
+        """As vLLM's, for every width."""
+        for scheduler in self.schedulers.values():
+            scheduler.shutdown()

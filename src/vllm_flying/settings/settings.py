@@ -1,0 +1,128 @@
+"""The settings dataclass and its strict parser.
+
+Pure: no torch, no vllm. Every field's docstring is the text of docs/settings.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm_flying.core.topology import LayoutError, available_widths
+
+WEIGHTS = ("auto", "tiles", "views")
+ON_HINT = ("form", "best_effort")
+SWITCH_METHODS = ("auto", "drain", "pause")
+
+
+class SettingsError(ValueError):
+    """A setting that can't be: names the key, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can choose. Immutable; equal in every process of a server."""
+
+    enabled: bool = True
+    """Whether the plugin takes part at all; false runs plain vLLM although the extension is named."""
+
+    widths: tuple[int, ...] | None = None
+    """Group widths, in engines, whose layouts are built at start; by default every power of two that divides the
+    number of engines. Fewer widths start faster and need less memory for communicators."""
+
+    weights: str = "auto"
+    """How a worker holds its one copy of the weights: `tiles` (each layer cut at the widest degree and packed tile by
+    tile), `views` (plain weights, wider layouts use slices of them), `auto`: tiles on CPU, views on GPU."""
+
+    on_hint: str = "form"
+    """What a request's `parallelism_hint` does when no group has that width: `form` one, or `best_effort`: run where
+    it can."""
+
+    switch_method: str = "auto"
+    """What happens to running requests at a switch that names no method: `drain`, `pause` or `auto`."""
+
+    switch_timeout_s: float = 30.0
+    """Seconds after which a switch that names no limit is rolled back."""
+
+    startup_timeout_s: float = 300.0
+    """Seconds that a worker waits at start for the workers of all engines."""
+
+    load_format: str | None = None
+    """What reads the checkpoint: the value of vLLM's `--load-format`. Set by the plugin; leave it out."""
+
+    num_engines: int = 1
+    """Engines of the server: the value of vLLM's `--data-parallel-size`. Set by the plugin; leave it out."""
+
+    engine_tp: int = 1
+    """Workers per engine: the value of vLLM's `--tensor-parallel-size`. Set by the plugin; leave it out."""
+
+    def __post_init__(self) -> None:
+        _check_choice("weights", self.weights, WEIGHTS)
+        _check_choice("on_hint", self.on_hint, ON_HINT)
+        _check_choice("switch_method", self.switch_method, SWITCH_METHODS)
+        for name in ("switch_timeout_s", "startup_timeout_s"):
+            value = getattr(self, name)
+            if not 0 < value <= 86400:
+                raise SettingsError(f"setting {name!r} is {value!r}; allowed: seconds above 0, at most 86400")
+        if self.num_engines > 1:
+            try:
+                available_widths(self.num_engines, self.widths)
+            except LayoutError as error:
+                raise SettingsError(f"setting 'widths' is {list(self.widths or ())!r}: {error}") from None
+
+    def built_widths(self) -> tuple[int, ...]:
+        """Widths above 1 whose layouts are built at start."""
+        return available_widths(self.num_engines, self.widths)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Settings:
+        """Settings from JSON-like values; SettingsError for an unknown key or a value of another kind."""
+        if not isinstance(mapping, Mapping):
+            raise SettingsError(f"the settings are {mapping!r}; allowed: an object such as {{\"on_hint\": \"form\"}}")
+        known = {field.name: field for field in fields(cls)}
+        values = {}
+        for key, value in mapping.items():
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                guess = f"; did you mean {close[0]!r}?" if close else ""
+                raise SettingsError(f"unknown setting {key!r}{guess} Allowed: {', '.join(known)}")
+            values[key] = _convert(key, value, str(known[key].type))
+        return cls(**values)
+
+
+def settings_from_vllm_config(vllm_config: Any) -> Settings:
+    """The settings in a vLLM config."""
+    return Settings.from_mapping((vllm_config.additional_config or {}).get("flying", {}))
+
+
+def _convert(key: str, value: Any, kind: str) -> Any:
+    def wrong(allowed: str) -> SettingsError:
+        return SettingsError(f"setting {key!r} is {value!r}; allowed: {allowed}")
+
+    if value is None and kind.endswith("None"):
+        return None
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+    elif kind.startswith("tuple[int"):
+        if not isinstance(value, list | tuple) or not all(type(item) is int and item > 0 for item in value):
+            raise wrong("a list of whole numbers above 0, such as [2, 4]")
+        return tuple(value)
+    elif kind.startswith("str"):
+        if not isinstance(value, str):
+            raise wrong("a text")
+    elif kind == "int":
+        if type(value) is not int or value < 1:
+            raise wrong("a whole number above 0")
+    elif kind == "float":
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong("a number")
+        return float(value)
+    return value
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingsError(f"setting {name!r} is {value!r}; allowed: {', '.join(allowed)}")

@@ -1,0 +1,243 @@
+"""The worker extension: a stock vLLM worker that acts in several layouts.
+
+May import torch and vllm. Named by `--worker-extension-cls`; the general plugin then puts it in front of the
+platform's own worker class (see `worker.worker`), where it wraps start-up and each step and adds the switch calls.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
+
+from vllm_flying.core.topology import available_widths
+from vllm_flying.frontend.runtime import runtime_directory
+from vllm_flying.settings import settings_from_vllm_config
+from vllm_flying.worker.communicators import (
+    WorkerPlace,
+    all_pids,
+    build_communicators,
+    join_world,
+    use_communicators,
+)
+from vllm_flying.worker.kv_views import SharedPool, kernel_blocks_of, raw_pool, wide_kv_cache_config
+from vllm_flying.worker.layout_table import LayoutTable, WorkerLayout, wide_vllm_config
+from vllm_flying.worker.memory import memory_report
+from vllm_flying.worker.relay import Relay
+
+logger = init_logger("vllm.flying.worker")
+
+WARM_UP_TOKENS = 16
+
+
+class WorkerExtension:
+    """Mixin in front of vLLM's Worker. Methods named `flying_*` are called by the engine process."""
+
+    vllm_config: Any
+    parallel_config: Any
+    model_config: Any
+    model_runner: Any
+    local_rank: int
+    rank: int
+    device: Any
+    _flying: LayoutTable
+    _flying_place: WorkerPlace
+    _flying_pids: list[int]
+
+    # ---- start-up -------------------------------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        """Meet the workers of all engines, make every layout's communicators, then let vLLM go on."""
+        settings = settings_from_vllm_config(self.vllm_config)
+        self._flying_place = WorkerPlace(
+            engine=self.parallel_config.data_parallel_index,
+            local_rank=self.rank,
+            num_engines=settings.num_engines,
+            engine_tp=settings.engine_tp,
+        )
+        widths = available_widths(settings.num_engines, settings.widths)
+        configs = {1: self.vllm_config, **{width: wide_vllm_config(self.vllm_config, width) for width in widths}}
+        if not current_platform.is_cpu():
+            # vLLM picks the device first; joining the world before that would open a context on the wrong one.
+            torch.accelerator.set_device_index(self.local_rank)
+        self._flying_name_segments()
+        directory = runtime_directory()
+        backend = current_platform.dist_backend
+        logger.info("Meeting %d workers of %d engines.", self._flying_place.world_size, settings.num_engines)
+        join_world(
+            self._flying_place,
+            f"file://{directory / 'rendezvous'}",
+            self.local_rank,
+            backend,
+            settings.startup_timeout_s,
+        )
+        self._flying_pids = all_pids(self._flying_place)
+        pool = build_communicators(self._flying_place, self.vllm_config, widths, backend)
+        super().init_device()  # type: ignore[misc]
+        self._flying_name_segments()
+        use_communicators(pool[1])
+        self._flying = LayoutTable(
+            {width: WorkerLayout(width, configs[width], pool[width]) for width in (1, *widths)}
+        )
+        self._flying[1].runner = self.model_runner
+        for layout in self._flying.wide:
+            layout.relay = Relay(layout.tensor_parallel_group)
+
+    def _flying_name_segments(self) -> None:
+        # CPU communicators name their shared memory by this variable: equal on all workers of the world, where vLLM
+        # would make it equal within an engine only.
+        os.environ["VLLM_DIST_IDENT"] = runtime_directory().name
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the weights once; build each wider layout's model over them."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        for layout in self._flying.wide:
+            with self._flying.activated(layout.width):
+                set_random_seed(self.model_config.seed)
+                layout.runner = type(self.model_runner)(layout.vllm_config, self.device)
+                layout.runner.load_model()
+        logger.info("Layouts ready: widths %s over one copy of the weights.", [1, *(w.width for w in self._flying.wide)])
+
+    def determine_available_memory(self) -> Any:
+        """Count what every layout needs before vLLM sizes the KV pool."""
+        available = super().determine_available_memory()  # type: ignore[misc]
+        if current_platform.is_cpu() and self._should_warm_up_model():  # type: ignore[attr-defined]
+            for layout in self._flying.wide:
+                with self._flying.activated(layout.width):
+                    layout.runner.warming_up_model()
+        return available
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Make the KV pool, then each wider layout's view of the same bytes."""
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        pool = raw_pool(self.model_runner)
+        cache_config = self.vllm_config.cache_config
+        for layout in self._flying.wide:
+            wide = wide_kv_cache_config(kv_cache_config, layout.width)
+            wide_cache_config = layout.vllm_config.cache_config
+            wide_cache_config.num_gpu_blocks = wide.num_blocks
+            wide_cache_config.block_size = cache_config.block_size * layout.width
+            wide_cache_config.kv_cache_layout = cache_config.kv_cache_layout
+            wide_cache_config.hash_block_size = wide.hash_block_size
+            wide_cache_config.cache_hit_alignment_tokens = wide.cache_hit_alignment_tokens
+            with self._flying.activated(layout.width), kernel_blocks_of(self.model_runner):
+                layout.runner.initialize_kv_cache(wide, kv_cache_allocation_context=SharedPool(pool))
+            if raw_pool(layout.runner).data_ptr() != pool.data_ptr():
+                raise RuntimeError(f"the layout of width {layout.width} got a KV pool of its own; it must share one")
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up every layout, in the same order on all workers: the wider ones meet in collectives."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        for layout in self._flying.wide:
+            with self._flying.activated(layout.width):
+                if current_platform.is_cpu():
+                    with torch.inference_mode():
+                        layout.runner._dummy_run(WARM_UP_TOKENS)
+                else:
+                    self._flying_with_runner(layout, super().compile_or_warm_up_model)  # type: ignore[misc]
+        return times
+
+    def _flying_with_runner(self, layout: WorkerLayout, call: Any) -> Any:
+        alone = self.model_runner
+        self.model_runner = layout.runner
+        try:
+            return call()
+        finally:
+            self.model_runner = alone
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step; in a merged group the other members' workers run it too."""
+        layout = self._flying.active
+        if layout.width > 1:
+            assert layout.relay is not None
+            layout.relay.send("execute_model", scheduler_output)
+            scheduler_output = layout.pages.translate(scheduler_output)
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample after `execute_model`; in a merged group on all members alike."""
+        layout = self._flying.active
+        if layout.width > 1:
+            assert layout.relay is not None
+            layout.relay.send("sample_tokens", grammar_output)
+        return super().sample_tokens(grammar_output)  # type: ignore[misc]
+
+    # ---- switch calls ---------------------------------------------------------------------------------------------
+
+    def flying_lead(self, width: int, backing: dict[int, int], seed: int) -> None:
+        """Leading engine: act in the group of `width` from now on."""
+        self._flying_enter(width, backing, seed)
+
+    def flying_follow(self, width: int, backing: dict[int, int], seed: int) -> list[int]:
+        """Other engines: run what the leader relays until it leaves.
+
+        Returns the virtual pages that the leader gave back.
+        """
+        layout = self._flying_enter(width, backing, seed)
+        assert layout.relay is not None
+        leader_pid = self._flying_pids[layout.tensor_parallel_group.ranks[0]]
+        while True:
+            method, payload = layout.relay.receive(leader_pid)
+            if method == "leave":
+                self._flying_leave(payload)
+                returned: list[int] = payload
+                return returned
+            if method == "prove":
+                self._flying_gather_proof()
+            elif method == "execute_model":
+                super().execute_model(layout.pages.translate(payload))  # type: ignore[misc]
+            else:
+                super().sample_tokens(payload)  # type: ignore[misc]
+
+    def flying_release(self, returned: list[int]) -> None:
+        """Leading engine: end the group; every member takes its pages behind `returned` back."""
+        relay = self._flying.active.relay
+        assert relay is not None
+        relay.send("leave", returned)
+        self._flying_leave(returned)
+
+    def flying_prove(self) -> list[dict[str, Any]]:
+        """What each worker of this worker's group really is now, gathered over the group's own communicator."""
+        layout = self._flying.active
+        if layout.width > 1:
+            assert layout.relay is not None
+            layout.relay.send("prove")
+        return self._flying_gather_proof()
+
+    def flying_memory(self) -> dict[str, Any]:
+        """Bytes of weights and KV in this worker, over unique storages."""
+        return memory_report(self._flying)
+
+    def _flying_enter(self, width: int, backing: dict[int, int], seed: int) -> WorkerLayout:
+        layout = self._flying.activate(width)
+        layout.pages.add(backing)
+        self.model_runner = layout.runner
+        # Unseeded sampling draws from the process's generators: all members must hold the same state.
+        set_random_seed(seed)
+        return layout
+
+    def _flying_leave(self, returned: list[int]) -> None:
+        self._flying.active.pages.remove(returned)
+        self.model_runner = self._flying.activate(1).runner
+
+    def _flying_gather_proof(self) -> list[dict[str, Any]]:
+        group = self._flying.active.tensor_parallel_group
+        mine = {
+            "worker": self._flying_place.rank,
+            "engine": self._flying_place.engine,
+            "tp_size": group.world_size,
+            "tp_rank": group.rank_in_group,
+            "group": list(group.ranks),
+        }
+        if group.world_size == 1:
+            return [mine]
+        gathered: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(gathered, mine, group=group.cpu_group)
+        return gathered
+
