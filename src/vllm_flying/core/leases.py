@@ -36,8 +36,8 @@ class PageLeases:
 
     def next_virtual_pages(self, width: int, count: int) -> list[int]:
         """The `count` lowest virtual pages that aren't backed yet: the same on every member."""
-        taken = self.backing.get(width, {})
-        free = [page for page in range(1, self.num_pages) if page not in taken]
+        taken = self.backing.get(width)
+        free = list(range(1, self.num_pages)) if not taken else [p for p in range(1, self.num_pages) if p not in taken]
         if count > len(free):
             raise LeaseError(f"a group of width {width} asks for {count} more pages; {len(free)} numbers are left")
         return free[:count]
@@ -46,19 +46,19 @@ class PageLeases:
         """Back `virtual` pages of the group of `width` by `physical` ones; returns the new part of the map."""
         if len(virtual) != len(physical):
             raise LeaseError(f"{len(virtual)} virtual pages can't be backed by {len(physical)} physical ones")
-        if len(set(physical)) != len(physical) or len(set(virtual)) != len(virtual):
+        new = dict(zip(virtual, physical, strict=True))
+        behind = set(physical)
+        if len(new) != len(virtual) or len(behind) != len(physical):
             raise LeaseError("a page is named twice in one lease")
-        twice = self.lent_pages().intersection(physical)
+        twice = self.lent_pages() & behind
         if twice:
             raise LeaseError(f"physical pages {sorted(twice)} are lent already")
         mapping = self.backing.setdefault(width, {})
-        again = mapping.keys() & set(virtual)
+        again = mapping.keys() & new.keys()
         if again:
             raise LeaseError(f"virtual pages {sorted(again)} of width {width} are backed already")
-        outside = [page for page in (*virtual, *physical) if not 0 < page < self.num_pages]
-        if outside:
-            raise LeaseError(f"pages {outside} are outside 1..{self.num_pages - 1}")
-        new = dict(zip(virtual, physical, strict=True))
+        if new and not (0 < min(min(new), min(behind)) and max(max(new), max(behind)) < self.num_pages):
+            raise LeaseError(f"a page of the lease is outside 1..{self.num_pages - 1}")
         mapping.update(new)
         return new
 
@@ -66,7 +66,7 @@ class PageLeases:
         """End the lease of `virtual` pages; returns their physical pages, in the same order."""
         mapping = self.backing.get(width, {})
         wanted = list(virtual)
-        unknown = [page for page in wanted if page not in mapping]
-        if unknown:
-            raise LeaseError(f"virtual pages {unknown} of width {width} are not backed")
+        unknown = set(wanted) - mapping.keys()
+        if unknown or len(set(wanted)) != len(wanted):
+            raise LeaseError(f"virtual pages {sorted(unknown) or 'named twice'} of width {width} are not backed")
         return [mapping.pop(page) for page in wanted]

@@ -172,9 +172,13 @@ class Switcher:
             await asyncio.sleep(moment - waited)
             waited = moment
             for engine in parked:
-                packed = await self._engines.call(engine, "collect")
-                if packed:
-                    await self._engines.call(layout.group_of(engine)[0], "adopt", {"packed": packed})
+                try:
+                    packed = await self._engines.call(engine, "collect")
+                    if packed:
+                        await self._engines.call(layout.group_of(engine)[0], "adopt", {"packed": packed})
+                except Exception as error:  # the server is going down, or an engine failed: vLLM reports it
+                    logger.debug("Collecting from engine %d ended: %s", engine, error)
+                    return
 
 
 def _time_limit(timeout_s: float) -> str:

@@ -31,7 +31,8 @@ from vllm_flying.worker.relay import Relay
 
 logger = init_logger("vllm.flying.worker")
 
-WARM_UP_TOKENS = 16
+# vLLM compiles the vocabulary mask of tensor-parallel embeddings on first use: for one token, and for any number.
+WARM_UP_TOKENS = (16, 24, 1)
 
 
 class WorkerExtension:
@@ -136,7 +137,8 @@ class WorkerExtension:
             with self._flying.activated(layout.width):
                 if current_platform.is_cpu():
                     with torch.inference_mode():
-                        layout.runner._dummy_run(WARM_UP_TOKENS)
+                        for num_tokens in WARM_UP_TOKENS:
+                            layout.runner._dummy_run(num_tokens)
                 else:
                     self._flying_with_runner(layout, super().compile_or_warm_up_model)  # type: ignore[misc]
         return times
@@ -227,17 +229,14 @@ class WorkerExtension:
         self.model_runner = self._flying.activate(1).runner
 
     def _flying_gather_proof(self) -> list[dict[str, Any]]:
+        """Every member's identity, sent through the very communicator that the layers of this layout use."""
         group = self._flying.active.tensor_parallel_group
-        mine = {
-            "worker": self._flying_place.rank,
-            "engine": self._flying_place.engine,
-            "tp_size": group.world_size,
-            "tp_rank": group.rank_in_group,
-            "group": list(group.ranks),
-        }
-        if group.world_size == 1:
-            return [mine]
-        gathered: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(gathered, mine, group=group.cpu_group)
-        return gathered
-
+        place = self._flying_place
+        mine = torch.tensor(
+            [[place.rank, place.engine, group.world_size, group.rank_in_group]], dtype=torch.float32, device=self.device
+        )
+        rows = mine if group.world_size == 1 else group.all_gather(mine, dim=0)
+        return [
+            {"worker": int(w), "engine": int(e), "tp_size": int(size), "tp_rank": int(rank), "group": list(group.ranks)}
+            for w, e, size, rank in rows.tolist()
+        ]

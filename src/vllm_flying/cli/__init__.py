@@ -1,0 +1,10 @@
+"""The command `vllm-flying`: serve, status, switch, doctor."""
+
+from __future__ import annotations
+
+
+def main() -> int:
+    """Console entry point."""
+    from vllm_flying.cli.main import run
+
+    return run()

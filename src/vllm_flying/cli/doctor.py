@@ -1,0 +1,128 @@
+"""`vllm-flying doctor`: is this machine, this vLLM and this model fit for switching? A report to paste.
+
+Imports vllm when it runs, to read the model's config as vLLM does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from vllm_flying.core.tiles import check_divides
+from vllm_flying.core.topology import available_widths
+
+OK, WARN, BAD = "ok  ", "warn", "BAD "
+Finding = tuple[str, str]
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("doctor", help="check versions, seams, model and machine; prints a report")
+    parser.add_argument("model", nargs="?", help="checkpoint directory or model name")
+    parser.add_argument("--data-parallel-size", "-dp", type=int, default=2, help="engines (default 2)")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="workers per engine (default 1)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; 1 if something would keep the server from starting."""
+    findings = [*_versions(), *_plugins(), *_seams(), *_binding(arguments)]
+    if arguments.model:
+        findings += _model(arguments)
+    print("vllm-flying doctor")
+    for mark, text in findings:
+        print(f"  [{mark}] {text}")
+    bad = sum(mark == BAD for mark, _ in findings)
+    print(f"{bad} problem(s) that keep the server from starting." if bad else "Nothing keeps the server from starting.")
+    return 1 if bad else 0
+
+
+def _versions() -> Iterator[Finding]:
+    yield OK, f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
+    for name in ("vllm-flying", "torch"):
+        try:
+            yield OK, f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield BAD, f"{name} is not installed"
+    try:
+        from vllm_flying.seams.runtime_check import vllm_version
+
+        yield OK, f"vllm {vllm_version()}"
+    except Exception as error:
+        yield BAD, str(error)
+
+
+def _plugins() -> Iterator[Finding]:
+    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
+        found = any(point.name == "flying" for point in entry_points(group=group))
+        yield (OK if found else BAD), f"entry point flying in {group}: {'found' if found else 'missing; reinstall'}"
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is None:
+        yield WARN, "VLLM_PLUGINS is not set: no HTTP routes under plain `vllm serve`; `vllm-flying serve` sets it"
+    else:
+        listed = "flying" in named.split(",")
+        yield (OK if listed else BAD), f"VLLM_PLUGINS={named}{'' if listed else ': name flying in it'}"
+
+
+def _seams() -> Iterator[Finding]:
+    try:
+        from vllm_flying.seams.runtime_check import check_installed
+
+        count = check_installed()
+        yield OK, f"seams: all {count} vLLM symbols are as expected"
+    except Exception as error:
+        yield BAD, f"seams: {error}"
+
+
+def _binding(arguments: argparse.Namespace) -> Iterator[Finding]:
+    from vllm.platforms import current_platform
+
+    workers = arguments.data_parallel_size * arguments.tensor_parallel_size
+    if not current_platform.is_cpu():
+        yield OK, f"platform {current_platform.device_name}: {workers} devices needed"
+        return
+    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    entries = binding.split("|")
+    if binding == "auto":
+        yield WARN, (
+            "VLLM_CPU_OMP_THREADS_BIND is auto: engines on one NUMA node can't share it; name cores for every worker, "
+            f"such as {'|'.join(map(str, range(workers)))!r}"
+        )
+    elif len(entries) != workers:
+        yield BAD, f"VLLM_CPU_OMP_THREADS_BIND={binding!r} has {len(entries)} entries for {workers} workers"
+    else:
+        yield OK, f"VLLM_CPU_OMP_THREADS_BIND={binding!r}"
+    if workers > (os.cpu_count() or 1):
+        yield WARN, f"{workers} workers on {os.cpu_count()} cores: correct, but slow"
+
+
+def _model(arguments: argparse.Namespace) -> Iterator[Finding]:
+    from vllm.config import ModelConfig
+
+    try:
+        config = ModelConfig(model=arguments.model)
+    except Exception as error:
+        yield BAD, f"model {arguments.model}: {error}"
+        return
+    text = config.hf_text_config
+    kv_heads = config.get_total_num_kv_heads()
+    sizes = [("attention heads", text.num_attention_heads), ("KV heads", kv_heads)]
+    if isinstance(getattr(text, "intermediate_size", None), int):
+        sizes.append(("intermediate size", text.intermediate_size))
+    yield OK, f"model {arguments.model}: {config.architecture}, " + ", ".join(f"{n} {s}" for n, s in sizes)
+    for name, present in (("mixture of experts", config.is_moe), ("latent attention", config.use_mla)):
+        if present:
+            yield BAD, f"{name} can't change its layout yet"
+    for width in (1, *available_widths(arguments.data_parallel_size)):
+        degree = width * arguments.tensor_parallel_size
+        reasons = check_divides(sizes, degree)
+        if reasons:
+            yield BAD, f"groups of {width}: {'; '.join(reasons)}; leave {width} out of the setting `widths`"
+            continue
+        per_token = 2 * kv_heads // degree * config.get_head_size() * config.dtype.itemsize
+        layers = config.get_total_num_hidden_layers()
+        yield OK, f"groups of {width}: TP {degree}, {per_token * layers} KV bytes per token and worker, weights shared"

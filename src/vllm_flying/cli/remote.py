@@ -1,0 +1,121 @@
+"""`vllm-flying status` and `vllm-flying switch`: the HTTP API from a terminal.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def add_parsers(commands: Any) -> None:
+    """Add both commands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", default=DEFAULT_URL, help=f"address of the server (default {DEFAULT_URL})")
+    common.add_argument(
+        "--api-key", default=os.environ.get("VLLM_API_KEY"), help="the server's API key (default: VLLM_API_KEY)"
+    )
+    common.add_argument("--json", action="store_true", help="print the server's answer as it came")
+    status = commands.add_parser("status", parents=[common], help="show engines, groups and the last switch")
+    status.set_defaults(run=_status)
+    switch = commands.add_parser("switch", parents=[common], help="change the layout")
+    wanted = switch.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--groups", nargs="+", metavar="E,E", help="all groups, such as: --groups 0,1 2 3")
+    wanted.add_argument("--width", type=int, help="all groups of this many engines; 1 splits everything")
+    switch.add_argument("--method", help="auto, drain or pause (default: the server's setting)")
+    switch.add_argument("--timeout", type=float, help="seconds until the switch is rolled back")
+    switch.set_defaults(run=_switch)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    code, answer = _call(arguments, "GET", "status")
+    if code != 200 or arguments.json:
+        return _print_answer(code, answer)
+    states = {engine["engine"]: engine["state"] for engine in answer["engines"]}
+    print(f"epoch {answer['epoch']}")
+    print(f"{'engines':<14}{'layout':<8}{'running':>8}{'waiting':>8}{'paused':>7}{'KV tokens used':>22}  state")
+    for group in answer["groups"]:
+        engines = ",".join(map(str, group["engines"]))
+        used = f"{group['kv_tokens_used']} of {group['kv_tokens_capacity']}"
+        print(
+            f"{engines:<14}{'tp' + str(group['layout']['tp']):<8}{group['running']:>8}{group['waiting']:>8}"
+            f"{group['paused']:>7}{used:>22}  {states[group['leader']]}"
+        )
+    if answer["last_switch"]:
+        print(_sentence(answer["last_switch"]))
+    return 0
+
+
+def _switch(arguments: argparse.Namespace) -> int:
+    if arguments.groups:
+        try:
+            groups = [[int(engine) for engine in group.split(",")] for group in arguments.groups]
+        except ValueError:
+            print(f"--groups {' '.join(arguments.groups)}: engines are numbers, such as 0,1 2 3", file=sys.stderr)
+            return 2
+    else:
+        code, answer = _call(arguments, "GET", "status")
+        if code != 200:
+            return _print_answer(code, answer)
+        engines, width = len(answer["engines"]), max(arguments.width, 1)
+        groups = [list(range(first, min(first + width, engines))) for first in range(0, engines, width)]
+    body: dict[str, Any] = {"groups": groups}
+    if arguments.method:
+        body["method"] = arguments.method
+    if arguments.timeout:
+        body["timeout_s"] = arguments.timeout
+    code, answer = _call(arguments, "POST", "switch", body)
+    if code != 200 or arguments.json:
+        return _print_answer(code, answer)
+    print(_sentence(answer))
+    for proof in answer["proof"]:
+        print(f"  worker {proof['worker']}: rank {proof['tp_rank']} of {proof['tp_size']} in {proof['group']}")
+    return 0
+
+
+def _sentence(record: dict[str, Any]) -> str:
+    seconds = record["seconds"]
+    phases = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in seconds.items() if name != "total")
+    text = (
+        f"switch {record['epoch']}: {record['from']} -> {record['to']} {record['outcome']} by {record['method']} in "
+        f"{1e3 * seconds['total']:.1f} ms ({phases})"
+    )
+    return f"{text}: {record['error']}" if record["error"] else text
+
+
+def _call(arguments: argparse.Namespace, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    url = f"{arguments.url.rstrip('/')}/plugins/flying/{path}"
+    request = urllib.request.Request(url, method=method)
+    if arguments.api_key:
+        request.add_header("Authorization", f"Bearer {arguments.api_key}")
+    if body is not None:
+        request.add_header("Content-Type", "application/json")
+        request.data = json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        try:
+            return error.code, json.loads(text)
+        except ValueError:
+            return error.code, text
+    except urllib.error.URLError as error:
+        return 0, f"no server answers at {url}: {error.reason}; is it up, and is --url right?"
+
+
+def _print_answer(code: int, answer: Any) -> int:
+    text = answer if isinstance(answer, str) else json.dumps(answer, indent=2)
+    if code == 200:
+        print(text)
+        return 0
+    print(f"{'HTTP ' + str(code) + ': ' if code else ''}{text}", file=sys.stderr)
+    return 1

@@ -1,0 +1,1 @@
+"""What tests over real engines share: checkpoints made on the spot, servers, references."""

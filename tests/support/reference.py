@@ -1,0 +1,74 @@
+"""What plain stock vLLM says: tokens and teacher-forced NLL, from an offline engine in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def reference(model: Path, scratch: Path, tensor_parallel_size: int = 1, **spec: Any) -> dict[str, Any]:
+    """Run stock vLLM over `spec`: `requests`, a list of (prompt token ids, sampling options), and `nll_prompts`.
+
+    Returns `tokens` and `nll`, lists in the same order.
+    """
+    question = scratch / f"reference-tp{tensor_parallel_size}.json"
+    question.write_text(json.dumps(spec))
+    answer = question.with_suffix(".answer.json")
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(tensor_parallel_size)),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    command = [sys.executable, "-m", "tests.support.reference", str(model), str(tensor_parallel_size), str(question)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"the stock reference failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    result: dict[str, Any] = json.loads(answer.read_text())
+    return result
+
+
+def main() -> None:
+    """In the reference's own process."""
+    from vllm import LLM, SamplingParams
+
+    model, tensor_parallel_size, question = sys.argv[1:]
+    spec = json.loads(Path(question).read_text())
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        tensor_parallel_size=int(tensor_parallel_size),
+        max_model_len=2048,
+        kv_cache_memory_bytes=32 << 20,
+        block_size=32,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    requests = spec.get("requests", [])
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in requests],
+        [SamplingParams(**options) for _, options in requests],
+        use_tqdm=False,
+    )
+    nll_prompts = spec.get("nll_prompts", [])
+    scored = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in nll_prompts],
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    answer = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "nll": [
+            [-entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+            for output, prompt in zip(scored, nll_prompts, strict=True)
+        ],
+    }
+    Path(question).with_suffix(".answer.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
