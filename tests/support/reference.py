@@ -51,7 +51,7 @@ def main() -> None:
     requests = spec.get("requests", [])
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, _ in requests],
-        [SamplingParams(**options) for _, options in requests],
+        [SamplingParams.from_optional(**options) for _, options in requests],
         use_tqdm=False,
     )
     nll_prompts = spec.get("nll_prompts", [])

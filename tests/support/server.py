@@ -32,6 +32,8 @@ class Server:
         model_runner_v2: bool = False,
         kv_bytes: int = 16 << 20,
         environment: dict[str, str] | None = None,
+        api_key: str | None = None,
+        workers_per_engine: int = 1,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -43,13 +45,14 @@ class Server:
             sys.executable, "-m", *module, str(model),
             "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port),
             "--data-parallel-size", str(engines), "--block-size", "32", "--kv-cache-memory-bytes", str(kv_bytes),
-            *arguments,
+            *(["--api-key", api_key] if api_key else []), *arguments,
         ]  # fmt: skip
-        self._environment = {**os.environ, **_environment(engines), **(environment or {})}
+        self._environment = {**os.environ, **_environment(engines * workers_per_engine), **(environment or {})}
         if model_runner_v2:
             self._environment |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
             self._environment["PYTHONPATH"] = f"{V2_INTERPRETER}:{os.environ.get('PYTHONPATH', '')}"
-        self.client = httpx.Client(base_url=self.url, timeout=300.0)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.client = httpx.Client(base_url=self.url, timeout=300.0, headers=headers)
         self.start_seconds = 0.0
 
     def __enter__(self) -> Server:
@@ -113,6 +116,10 @@ class Server:
         """POST /plugins/flying/switch."""
         return self.client.post("/plugins/flying/switch", json={"groups": groups, **options})
 
+    def scheduled_tokens(self) -> int:
+        """Tokens that all engines computed since start, in all layouts."""
+        return sum(engine["scheduled_tokens"] for engine in self.status()["engines"])
+
     # ---- generation -----------------------------------------------------------------------------------------------
 
     def complete(self, prompt: list[int] | str, max_tokens: int = 16, **options: Any) -> httpx.Response:
@@ -139,9 +146,9 @@ class Server:
         return [-entries[i][str(prompt[i])]["logprob"] for i in range(1, len(prompt))]
 
 
-def _environment(engines: int) -> dict[str, str]:
+def _environment(workers: int) -> dict[str, str]:
     return {
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(engine % 2) for engine in range(engines)),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(worker % 2) for worker in range(workers)),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -44,10 +44,9 @@ def serve(arguments: list[str]) -> int:
     """Run the server until it is stopped."""
     enable_plugin()
     from vllm.entrypoints.cli.serve import cmd_init
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own script does
     parser = FlexibleArgumentParser(description="vLLM with vllm-flying")
     subparsers = parser.add_subparsers(required=True, dest="subparser")
     (command,) = cmd_init()

@@ -57,7 +57,7 @@ class PageLeases:
         again = mapping.keys() & new.keys()
         if again:
             raise LeaseError(f"virtual pages {sorted(again)} of width {width} are backed already")
-        if new and not (0 < min(min(new), min(behind)) and max(max(new), max(behind)) < self.num_pages):
+        if new and not (min(min(new), min(behind)) > 0 and max(max(new), max(behind)) < self.num_pages):
             raise LeaseError(f"a page of the lease is outside 1..{self.num_pages - 1}")
         mapping.update(new)
         return new

@@ -57,6 +57,8 @@ def groups_with_width(groups: Sequence[Group], width: int, num_engines: int) -> 
 
     Groups outside the range stay; a wider group that contains the range is split, the rest of it as wide as can be.
     """
+    if any(len(group) == width for group in groups):
+        return tuple(groups)
     ranges = [tuple(range(first, first + width)) for first in range(0, num_engines, width)]
     chosen = min(ranges, key=lambda r: (sum(1 for group in groups if set(group) & set(r)), r[0]))
     result = []

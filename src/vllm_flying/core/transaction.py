@@ -181,8 +181,9 @@ class SwitchTransaction:
         """Pages that each member lends to `group`: as many as every member has free once its old group is left."""
         if len(group) == 1:
             return 0
+        prepared = self.prepared
         return min(
-            self.prepared[engine]["free_pages"] + self.prepared[self.source.group_of(engine)[0]]["returnable_pages"]
+            int(prepared[engine]["free_pages"] + prepared[self.source.group_of(engine)[0]]["returnable_pages"])
             for engine in group
         )
 

@@ -31,7 +31,7 @@ class FlyingExecutor(MultiprocExecutor):
         super()._init_executor()
         self.agent = EngineAgent(self.vllm_config, settings, self._call_workers)
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: str | Callable[..., Any],
         timeout: float | None = None,

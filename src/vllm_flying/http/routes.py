@@ -18,6 +18,7 @@ from vllm_flying.frontend.board import SwitchPendingError
 from vllm_flying.frontend.switcher import SwitchFailed
 
 PREFIX = "/plugins/flying"
+ENGINE_FIELDS = ("engine", "state", "group", "pages", "scheduled_tokens")
 
 
 class SwitchBody(BaseModel):
@@ -105,7 +106,7 @@ async def _status(flying: Any) -> dict[str, Any]:
         )
     return {
         "epoch": state.epoch,
-        "engines": [{"engine": s["engine"], "state": s["state"], "group": s["group"]} for s in statuses],
+        "engines": [{name: s[name] for name in ENGINE_FIELDS} for s in statuses],
         "groups": groups,
         "last_switch": state.last_switch,
     }

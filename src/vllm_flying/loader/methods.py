@@ -98,6 +98,7 @@ class PlainEmbeddingMethod(UnquantizedEmbeddingMethod):
     """Embedding or output head over a plain (unpacked) weight."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Multiply with the weight as it is."""
         layer.cpu_linear = torch.nn.functional.linear
 
 

@@ -17,6 +17,7 @@ from vllm_flying.core.topology import available_widths
 from vllm_flying.frontend.runtime import ensure_runtime_directory
 from vllm_flying.patches.apply import Patch
 from vllm_flying.patches.supported import NotSupportedError, check_arguments, check_config
+from vllm_flying.seams.runtime_check import check_installed
 from vllm_flying.settings import Settings
 
 logger = init_logger("vllm.flying")
@@ -61,6 +62,7 @@ def _prepare(arguments: Any) -> bool:
         logger.warning("vllm-flying stays out of this server: %s.", why)
         arguments.worker_extension_cls = ""
         return False
+    check_installed()
     check_arguments(arguments)
     for name, value in FLAGS.items():
         present = getattr(arguments, name)
@@ -78,8 +80,8 @@ def _prepare(arguments: Any) -> bool:
     for name, value in FLAGS.items():
         setattr(arguments, name, value)
     ensure_runtime_directory()
-    from vllm_flying.patches.frontend import frontend_patches
     from vllm_flying.patches.apply import apply_patches
+    from vllm_flying.patches.frontend import frontend_patches
 
     apply_patches(frontend_patches())
     return True

@@ -6,15 +6,14 @@ May import vllm. Wraps the check that vLLM makes in each engine before it sizes 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-from vllm.logger import init_logger
-from vllm.v1.core import kv_cache_utils
-
 from vllm_flying.patches.apply import Patch
 
-logger = init_logger("vllm.flying")
+CHECK = "_check_enough_kv_cache_memory"
+MODULES = ("vllm.v1.core.kv_cache_planning", "vllm.v1.core.kv_cache_utils")  # from 0.33 on; before
 
 
 def kv_check_patches(widest: int) -> list[Patch]:
@@ -28,4 +27,15 @@ def kv_check_patches(widest: int) -> list[Patch]:
 
         return check_in_widest_group
 
-    return [Patch(kv_cache_utils, "_check_enough_kv_cache_memory", wrap)]
+    return [Patch(_owner(), CHECK, wrap)]
+
+
+def _owner() -> Any:
+    for name in MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        if hasattr(module, CHECK):
+            return module
+    raise RuntimeError(f"vLLM has {CHECK} in none of {', '.join(MODULES)}")

@@ -105,8 +105,8 @@ class EngineAgent:
             "paused": facade.num_paused,
             "kv_tokens_capacity": pool.num_owned * self._page_tokens(width),
             "kv_tokens_used": pool.num_used * self._page_tokens(width),
-            "pages": {str(w): [p.num_owned, p.num_used] for w, p in facade.pools.items()},
-            "preemptions": sum(r.num_preemptions for s in facade.schedulers.values() for r in s.requests.values()),
+            "pages": {str(w): {"owned": p.num_owned, "used": p.num_used} for w, p in facade.pools.items()},
+            "scheduled_tokens": facade.scheduled_tokens,
         }
 
     def _state(self) -> str:

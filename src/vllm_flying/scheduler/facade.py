@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
@@ -19,7 +20,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.utils.hashing import get_hash_fn_by_name
 
 from vllm_flying.core.topology import available_widths
 from vllm_flying.scheduler import registry
@@ -73,6 +73,8 @@ class FlyingScheduler(SchedulerInterface):
         self.stopped = False
         """A switch is being prepared: no steps."""
         self.held: list[Request] = []
+        self.scheduled_tokens = 0
+        """Tokens computed since start, in all widths."""
         self._width_of_step: dict[int, int] = {}
         registry.register(vllm_config, self)
 
@@ -175,6 +177,7 @@ class FlyingScheduler(SchedulerInterface):
         """The active scheduler's next step, tagged."""
         output = self.active.schedule(throttle_prefills)
         self._width_of_step[id(output)] = self.active_width
+        self.scheduled_tokens += output.total_num_scheduled_tokens
         return output
 
     def _scheduler_of(self, scheduler_output: Any) -> Scheduler:
@@ -204,7 +207,8 @@ class FlyingScheduler(SchedulerInterface):
 
     def get_num_unfinished_requests(self) -> int:
         """All requests this engine answers for, in every width."""
-        return sum(s.get_num_unfinished_requests() for s in self.schedulers.values()) + len(self.held)
+        unfinished = [int(scheduler.get_num_unfinished_requests()) for scheduler in self.schedulers.values()]
+        return sum(unfinished) + len(self.held)
 
     def has_unfinished_requests(self) -> bool:
         """Whether a step could get a request further."""

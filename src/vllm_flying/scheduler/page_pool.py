@@ -23,12 +23,12 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that no request holds; cached prefixes count as free."""
-        return self._pool.get_num_free_blocks()
+        return int(self._pool.get_num_free_blocks())
 
     @property
     def num_used(self) -> int:
         """Owned pages that requests hold."""
-        return self.num_owned - self.num_free
+        return int(self.num_owned) - self.num_free
 
     def withdraw(self, count: int) -> list[int]:
         """Take `count` free pages away, least recently used first. Their cached prefixes are forgotten."""

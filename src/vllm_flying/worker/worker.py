@@ -17,5 +17,5 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 
-class FlyingWorker(WorkerExtension, PlatformWorker):  # type: ignore[misc]
+class FlyingWorker(WorkerExtension, PlatformWorker):
     """vLLM's worker for this platform, in several layouts."""

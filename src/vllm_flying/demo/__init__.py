@@ -1,0 +1,1 @@
+"""`python -m vllm_flying.demo`: a small chat server that merges and splits its engines while it answers."""

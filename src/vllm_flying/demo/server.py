@@ -1,0 +1,82 @@
+"""The demo's server: two engines on CPU, in processes that end with the demo.
+
+Standard library and httpx.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 30.0
+
+
+class DemoServer:
+    """`vllm-flying serve` on a free port, logging to a file."""
+
+    def __init__(self, model: Path, log: Path, engines: int = 2) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.model = str(model)
+        self._log = log
+        self._command = [
+            sys.executable, "-m", "vllm_flying.cli", "serve", str(model), "--data-parallel-size", str(engines),
+            "--api-server-count", "1", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048",
+            "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20),
+        ]  # fmt: skip
+        cores = sorted(os.sched_getaffinity(0))
+        binding = "|".join(str(cores[engine % len(cores)]) for engine in range(engines))
+        self._environment = {
+            **os.environ, "VLLM_CPU_OMP_THREADS_BIND": binding, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        }  # fmt: skip
+
+    def __enter__(self) -> DemoServer:
+        started = time.monotonic()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+            )
+        while time.monotonic() - started < START_LIMIT_S:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"The server ended with status {self._process.returncode}. Its last lines:\n{self._tail()}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200:
+                    print(f"\rServer ready after {time.monotonic() - started:.0f} s.{' ' * 20}", flush=True)
+                    return self
+            except httpx.TransportError:
+                pass
+            print(f"\rStarting the server ... {time.monotonic() - started:.0f} s", end="", flush=True)
+            time.sleep(1.0)
+        self._stop()
+        raise RuntimeError(f"The server was not ready after {START_LIMIT_S:.0f} s. Its last lines:\n{self._tail()}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def _tail(self, lines: int = 40) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,202 @@
+"""The manifest: each vLLM symbol used, the parameters relied on, and what for.
+
+Pure data: no torch, no vllm. `seams.source_check` checks it against any vLLM source tree; a test checks that every
+import of vLLM in this package is listed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SUPPORTED = ((0, 32), (0, 34))
+"""First supported (major, minor), and the first that isn't any more."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """`module:name`, where name may be `Class.member`; `parameters` must all be in its signature."""
+
+    module: str
+    name: str
+    used_for: str
+    parameters: tuple[str, ...] = ()
+    moved_to: str | None = None
+    """Module that has it in later versions."""
+
+
+@dataclass(frozen=True)
+class PatchedSymbol:
+    """A function of vLLM's that is wrapped: why no seam serves, what guards it, which test shows it."""
+
+    symbol: Symbol
+    reason: str
+    guard: str
+    test: str
+
+
+def _group(module: str, used_for: str, *names: str) -> list[Symbol]:
+    return [Symbol(module, name, used_for) for name in names]
+
+
+PATCHED = [
+    PatchedSymbol(
+        Symbol("vllm.engine.arg_utils", "EngineArgs.create_engine_config", "enabling by one flag", ("self",)),
+        "one flag must stand for four; vLLM offers plugins no hook between arguments and config",
+        "acts only if worker_extension_cls names this plugin; sets arguments, then calls vLLM's function",
+        "tests/engine/test_enabling.py",
+    ),
+    PatchedSymbol(
+        Symbol("vllm.v1.engine.async_llm", "AsyncLLM._add_request", "admission", ("self", "request")),
+        "a request that no group can hold must be refused before vLLM registers it, and a hint may form a group first",
+        "acts only for engine clients of a server with the plugin enabled",
+        "tests/engine/test_two_engines.py",
+    ),
+    PatchedSymbol(
+        Symbol(
+            "vllm.v1.engine.core_client", "DPLBAsyncMPClient.get_core_engine_for_request", "routing", ("self", "request")
+        ),
+        "vLLM balances over all engines; parked ones take no requests",
+        "sets the request's data_parallel_rank, vLLM's own way to choose an engine, then calls vLLM's function",
+        "tests/engine/test_four_engines.py",
+    ),
+    PatchedSymbol(
+        Symbol("vllm.v1.engine.core_client", "DPLBAsyncMPClient.abort_requests_async", "aborts", ("self", "request_ids")),
+        "vLLM aborts at the engine that a request was sent to; a switch may have handed it to another",
+        "until the first switch vLLM's function runs; engines ignore ids they don't know",
+        "tests/engine/test_two_engines.py",
+    ),
+    PatchedSymbol(
+        Symbol(
+            "vllm.v1.core.kv_cache_utils", "_check_enough_kv_cache_memory", "context longer than one engine's KV",
+            ("available_memory", "get_needed_memory", "max_model_len", "estimate_max_model_len"),
+            moved_to="vllm.v1.core.kv_cache_planning",
+        ),
+        "a context that fits only a merged group is refused at start, before any request",
+        "applied in engines of a server with the plugin enabled; admission checks each request instead",
+        "tests/engine/test_two_engines.py",
+    ),
+]  # fmt: skip
+
+USED = [
+    # Enabling and start-up
+    Symbol("vllm.engine.arg_utils", "EngineArgs", "enabling by one flag"),
+    *_group("vllm.engine.arg_utils", "flags set on the arguments", "EngineArgs.worker_cls", "EngineArgs.scheduler_cls",
+            "EngineArgs.distributed_executor_backend", "EngineArgs.load_format", "EngineArgs.worker_extension_cls",
+            "EngineArgs.additional_config", "EngineArgs.data_parallel_size", "EngineArgs.tensor_parallel_size"),
+    Symbol("vllm.entrypoints.cli.serve", "cmd_init", "vllm-flying serve"),
+    Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser", "vllm-flying serve"),
+    *_group("vllm.config", "configs per layout", "VllmConfig", "ModelConfig", "set_current_vllm_config"),
+    Symbol("vllm.config.load", "LoadConfig", "load formats"),
+    Symbol("vllm", "envs", "API key"),
+    Symbol("vllm.logger", "init_logger", "logging under vllm."),
+    Symbol("vllm.platforms", "current_platform", "CPU or GPU"),
+    Symbol("vllm.version", "__version__", "the supported window"),
+    # Worker
+    *_group("vllm.v1.worker.cpu_worker", "worker on CPU", "CPUWorker", "CPUWorker.init_device",
+            "CPUWorker.determine_available_memory", "CPUWorker.compile_or_warm_up_model",
+            "CPUWorker._should_warm_up_model"),
+    *_group("vllm.v1.worker.gpu_worker", "worker", "Worker", "Worker.init_device", "Worker.load_model",
+            "Worker.initialize_from_config", "Worker.execute_model", "Worker.sample_tokens",
+            "Worker.compile_or_warm_up_model"),
+    Symbol("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.warming_up_model", "warm-up of each layout"),
+    *_group("vllm.v1.worker.gpu_model_runner", "Model Runner V1", "GPUModelRunner._kernel_block_sizes",
+            "GPUModelRunner.attn_groups", "GPUModelRunner.kv_cache_config", "GPUModelRunner._dummy_run"),
+    Symbol("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.initialize_kv_cache", "one KV pool for all layouts",
+           ("self", "kv_cache_config", "kv_cache_allocation_context")),
+    *_group("vllm.v1.worker.gpu.model_runner", "Model Runner V2", "GPUModelRunner.kernel_block_sizes",
+            "GPUModelRunner.attn_groups", "GPUModelRunner.kv_cache_config", "GPUModelRunner._dummy_run"),
+    Symbol("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.initialize_kv_cache", "one KV pool for all layouts",
+           ("self", "kv_cache_config", "kv_cache_allocation_context")),
+    Symbol("vllm.v1.worker.utils", "allocate_kv_cache", "allocates by one torch.zeros of int8"),
+    Symbol("vllm.v1.attention.backend", "AttentionBackend.get_supported_kernel_block_sizes", "one kernel block size"),
+    *_group("vllm.v1.kv_cache_interface", "page geometry", "KVCacheConfig", "KVCacheConfig.num_blocks",
+            "KVCacheConfig.kv_cache_groups", "KVCacheConfig.hash_block_size",
+            "KVCacheConfig.cache_hit_alignment_tokens", "FullAttentionSpec", "AttentionSpec.num_kv_heads",
+            "KVCacheSpec.block_size", "KVCacheSpec.page_size_bytes"),
+    *_group("vllm.v1.core.sched.output", "page numbers in a step", "SchedulerOutput.scheduled_new_reqs",
+            "SchedulerOutput.scheduled_cached_reqs", "SchedulerOutput.new_block_ids_to_zero",
+            "SchedulerOutput.kv_cache_block_copies", "NewRequestData.block_ids", "CachedRequestData.new_block_ids"),
+    *_group("vllm.distributed.parallel_state", "communicator pool", "_TP", "_PP", "_DP", "_EP", "_DCP", "_PCP", "_ETP",
+            "_ENGRAM_DP", "_EPLB", "get_world_group", "GroupCoordinator", "GroupCoordinator.mq_broadcaster",
+            "GroupCoordinator.rank_in_group", "GroupCoordinator.ranks", "GroupCoordinator.all_gather"),
+    Symbol("vllm.distributed", "parallel_state", "communicator pool"),
+    Symbol("vllm.distributed.parallel_state", "get_tensor_model_parallel_rank", "position in a group"),
+    Symbol("vllm.distributed.parallel_state", "init_distributed_environment", "one world of all workers",
+           ("world_size", "rank", "distributed_init_method", "local_rank", "backend", "timeout")),
+    Symbol("vllm.distributed.parallel_state", "initialize_model_parallel", "groups of one member",
+           ("tensor_model_parallel_size", "backend")),
+    Symbol("vllm.distributed.parallel_state", "init_model_parallel_group", "tensor-parallel groups",
+           ("group_ranks", "local_rank", "backend", "use_message_queue_broadcaster", "group_name")),
+    Symbol("vllm.distributed.device_communicators.shm_broadcast", "MessageQueue.enqueue", "relay", ("self", "obj")),
+    Symbol("vllm.distributed.device_communicators.shm_broadcast", "MessageQueue.dequeue", "relay", ("self", "timeout")),
+    Symbol("vllm.utils.torch_utils", "set_random_seed", "equal sampling state", ("seed",)),
+    # Weights
+    *_group("vllm.model_executor.model_loader", "load formats", "register_model_loader", "get_model_loader"),
+    *_group("vllm.model_executor.model_loader.base_loader", "load formats", "BaseModelLoader",
+            "BaseModelLoader.load_model", "BaseModelLoader.load_weights", "BaseModelLoader.download_model"),
+    Symbol("vllm.model_executor.model_loader.utils", "initialize_model", "models of wider layouts",
+           ("vllm_config", "model_config", "prefix")),
+    Symbol("vllm.model_executor.model_loader.weight_tying", "maybe_retie_word_embeddings", "tied output heads"),
+    Symbol("vllm.model_executor.layers.attention", "is_deferred_attention_layer", "attention scales"),
+    *_group("vllm.model_executor.layers.linear", "layers that are cut", "LinearBase", "ColumnParallelLinear",
+            "RowParallelLinear", "ReplicatedLinear", "LinearMethodBase", "UnquantizedLinearMethod",
+            "ColumnParallelLinear.output_partition_sizes", "RowParallelLinear.input_size_per_partition",
+            "LinearBase.disable_tp"),
+    *_group("vllm.model_executor.layers.vocab_parallel_embedding", "vocabulary layers", "VocabParallelEmbedding",
+            "ParallelLMHead", "UnquantizedEmbeddingMethod", "VocabParallelEmbedding.num_embeddings_per_partition",
+            "VocabParallelEmbedding.output_partition_sizes"),
+    Symbol("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", "packing of tiles",
+           ("layer", "remove_weight")),
+    Symbol("vllm.utils.torch_utils", "set_default_torch_dtype", "models of wider layouts"),
+    # Engine
+    *_group("vllm.v1.executor.multiproc_executor", "control calls", "MultiprocExecutor",
+            "MultiprocExecutor._init_executor", "MultiprocExecutor.shutdown"),
+    Symbol("vllm.v1.executor.multiproc_executor", "MultiprocExecutor.collective_rpc", "control calls",
+           ("self", "method", "timeout", "args", "kwargs", "non_block")),
+    *_group("vllm.v1.core.sched.interface", "the facade", "SchedulerInterface", "PauseState",
+            *(f"SchedulerInterface.{name}" for name in (
+                "schedule", "get_grammar_bitmask", "update_from_output", "update_draft_token_ids",
+                "update_draft_token_ids_in_output", "add_request", "finish_requests", "get_num_unfinished_requests",
+                "has_unfinished_requests", "has_finished_requests", "has_requests", "pause_state", "set_pause_state",
+                "reset_prefix_cache", "reset_encoder_cache", "get_request_counts", "get_kv_cache_usage", "make_stats",
+                "shutdown", "get_kv_event_publisher_config"))),
+    *_group("vllm.v1.core.sched.scheduler", "one scheduler per width", "Scheduler", "Scheduler.requests",
+            "Scheduler.running", "Scheduler.waiting", "Scheduler.deferred_waiting", "Scheduler.kv_cache_manager",
+            "Scheduler.block_size", "Scheduler.finished_req_ids_dict"),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler.__init__", "one scheduler per width",
+           ("vllm_config", "kv_cache_config", "structured_output_manager", "block_size", "hash_block_size")),
+    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "one scheduler per width"),
+    *_group("vllm.v1.core.block_pool", "pages change hands", "BlockPool", "BlockPool.blocks",
+            "BlockPool.free_block_queue", "BlockPool.num_gpu_blocks", "BlockPool.get_num_free_blocks",
+            "BlockPool._maybe_evict_cached_block"),
+    *_group("vllm.v1.core.kv_cache_utils", "pages change hands", "FreeKVCacheBlockQueue.popleft_n",
+            "FreeKVCacheBlockQueue.append_n", "KVCacheBlock.block_hash", "KVCacheBlock.block_id"),
+    Symbol("vllm.v1.core.kv_cache_utils", "resolve_kv_cache_block_sizes", "block sizes per width",
+           ("kv_cache_config", "vllm_config")),
+    Symbol("vllm.v1.core.kv_cache_utils", "get_request_block_hasher", "prefix hashes per width"),
+    Symbol("vllm.utils.hashing", "get_hash_fn_by_name", "prefix hashes per width"),
+    *_group("vllm.v1.request", "requests between engines", "Request", "Request._block_hasher", "Request.block_hashes",
+            "Request.update_block_hashes", "Request.num_computed_tokens", "Request.structured_output_request",
+            "RequestStatus"),
+    Symbol("vllm.v1.structured_output", "StructuredOutputManager", "the facade"),
+    Symbol("vllm.v1.structured_output.request", "StructuredOutputRequest.from_sampling_params",
+           "grammars between engines"),
+    Symbol("vllm.v1.structured_output.request", "StructuredOutputRequest", "grammars between engines"),
+    # Front end
+    Symbol("vllm.v1.engine.async_llm", "AsyncLLM", "admission"),
+    *_group("vllm.v1.engine.core_client", "routing", "DPLBAsyncMPClient", "DPLBAsyncMPClient.reqs_in_flight",
+            "DPLBAsyncMPClient.engine_inflight", "DPLBAsyncMPClient.client_count", "DPLBAsyncMPClient._abort_requests",
+            "MPClient.core_engines", "AsyncMPClient._call_utility_async", "DPAsyncMPClient.lb_engines"),
+    *_group("vllm.v1.engine", "routing", "EngineCoreRequest.prompt_token_ids", "EngineCoreRequest.sampling_params",
+            "EngineCoreRequest.data_parallel_rank"),
+    Symbol("vllm.exceptions", "VLLMValidationError", "refusals", ("message", "parameter", "value")),
+    Symbol("vllm.entrypoints.serve.middleware.authenticate", "AuthenticationMiddleware.verify_token", "API key",
+           ("self", "headers")),
+    Symbol("vllm.entrypoints.serve.middleware.authenticate", "AuthenticationMiddleware", "API key"),
+    Symbol("vllm.plugins.endpoint_plugins.interface", "EndpointPlugin", "HTTP routes"),
+]  # fmt: skip
+
+
+def all_symbols() -> list[Symbol]:
+    """Every symbol, patched or used."""
+    return [patched.symbol for patched in PATCHED] + USED

@@ -1,0 +1,44 @@
+"""Every model family, alone and merged, with tiles and with views, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.load import random_prompts
+from tests.support.server import Server
+from tests.support.transformers_reference import transformers_nll
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = random_prompts(31, (45, 90))
+CASES = [
+    ("qwen2", "tiles"),
+    ("qwen3", "views"),
+    ("mistral", "views"),
+    ("gemma", "tiles"),
+    ("phi", "tiles"),
+    ("phi", "views"),
+    ("gpt2", "tiles"),
+]
+
+
+@pytest.mark.parametrize(("family", "weights"), CASES)
+def test_family(checkpoints: Path, tmp_path: Path, family: str, weights: str) -> None:
+    model = make_checkpoint(family, checkpoints)
+    settings = json.dumps({"flying": {"weights": weights}})
+    arguments = ("--max-model-len", "1024", "--api-server-count", "1", "--additional-config", settings)
+    with Server(model, tmp_path / "log", *arguments) as server:
+        alone = [server.nll(prompt) for prompt in PROMPTS]
+        tokens = [server.tokens(prompt, 20) for prompt in PROMPTS]
+        for prompt, nll in zip(PROMPTS, alone, strict=True):
+            assert nll == pytest.approx(transformers_nll(model, prompt), abs=2e-3, rel=1e-3)
+        server.switch([[0, 1]])
+        for prompt, nll, expected in zip(PROMPTS, alone, tokens, strict=True):
+            assert server.nll(prompt) == pytest.approx(nll, abs=1e-4, rel=1e-5)
+            assert server.tokens(prompt, 20) == expected
+        server.switch([[0], [1]])
+        assert [server.tokens(prompt, 20) for prompt in PROMPTS] == tokens

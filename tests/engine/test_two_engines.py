@@ -1,0 +1,236 @@
+"""Two engines: every request feature in both layouts, pauses, aborts, hints, limits and the HTTP API."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.load import random_prompts
+from tests.support.reference import reference
+from tests.support.server import Server
+
+pytestmark = pytest.mark.engine
+
+DP, TP = [[0], [1]], [[0, 1]]
+LAYOUTS = {"dp": DP, "tp": TP}
+API_KEY = "test-key"
+GREEDY = {"temperature": 0, "ignore_eos": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {**GREEDY, "max_tokens": 40},
+    "penalties": {
+        **GREEDY, "max_tokens": 30, "repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.3,
+    },
+    "seeded": {"temperature": 0.8, "top_p": 0.9, "seed": 11, "ignore_eos": True, "max_tokens": 30},
+    "bias": {**GREEDY, "max_tokens": 12, "logit_bias": {"17": 100.0}},
+    "limits": {"temperature": 0, "min_tokens": 9, "max_tokens": 14},
+}  # fmt: skip
+PROMPTS = random_prompts(21, (24, 70, 130))
+REQUESTS = [(prompt, options) for options in OPTIONS.values() for prompt in PROMPTS]
+# 2 MiB hold 31 usable pages of 32 tokens of the two-layer model.
+KV_BYTES = 2 << 20
+ONE_ENGINE_TOKENS = 31 * 32
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Path) -> Path:
+    return make_checkpoint("llama", checkpoints)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    result = reference(model, tmp_path_factory.mktemp("reference"), requests=REQUESTS)
+    tokens: list[list[int]] = result["tokens"]
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ("--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1")
+    with Server(model, log, *arguments, kv_bytes=KV_BYTES, api_key=API_KEY) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(server: Server) -> Iterator[None]:
+    """Every test ends with all pages free on every engine, in every layout's pool."""
+    yield
+    server.switch(DP, method="drain")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        engines = server.status()["engines"]
+        if all(pool["used"] == 0 for engine in engines for pool in engine["pages"].values()):
+            break
+        time.sleep(0.1)
+    assert [engine["pages"] for engine in engines] == [
+        {"1": {"owned": 31, "used": 0}, "2": {"owned": 0, "used": 0}}
+    ] * 2
+
+
+class Background:
+    """A completion in a thread."""
+
+    def __init__(self, server: Server, prompt: list[int], max_tokens: int, **options: Any) -> None:
+        self.response: httpx.Response | None = None
+        self._thread = threading.Thread(target=self._run, args=(server, prompt, max_tokens, options))
+        self._thread.start()
+
+    def _run(self, server: Server, prompt: list[int], max_tokens: int, options: dict[str, Any]) -> None:
+        self.response = server.complete(prompt, max_tokens, **options)
+
+    def tokens(self) -> list[int]:
+        self._thread.join()
+        assert self.response is not None and self.response.status_code == 200, self.response and self.response.text
+        ids: list[int] = self.response.json()["choices"][0]["token_ids"]
+        return ids
+
+
+def wait_for(server: Server, what: str, count: int) -> None:
+    """Until the groups together report `count` requests `what` (running, waiting, paused)."""
+    deadline = time.monotonic() + 30
+    while sum(group[what] for group in server.status()["groups"]) != count:
+        assert time.monotonic() < deadline, server.status()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampling_options_give_stock_tokens(server: Server, expected: list[list[int]], layout: str) -> None:
+    server.switch(LAYOUTS[layout])
+    for (prompt, options), tokens in zip(REQUESTS, expected, strict=True):
+        assert server.tokens(prompt, **options) == tokens, options
+
+
+def test_logprobs_agree_between_layouts(server: Server) -> None:
+    seen = []
+    for groups in LAYOUTS.values():
+        server.switch(groups)
+        choice = server.complete(PROMPTS[0], 10, logprobs=3).json()["choices"][0]
+        seen.append(choice["logprobs"]["token_logprobs"])
+    assert seen[0] == pytest.approx(seen[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text_features(server: Server, layout: str) -> None:
+    server.switch(LAYOUTS[layout])
+    choices = server.complete("hello", 8, n=3, temperature=0.9, seed=5).json()["choices"]
+    assert len({tuple(choice["token_ids"]) for choice in choices}) > 1
+    whole = server.complete("hello", 20).json()["choices"][0]["text"]
+    stop = whole[6:9]
+    stopped = server.complete("hello", 20, stop=[stop]).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop" and stopped["text"] == whole[: whole.index(stop)]
+    chosen = server.complete("hello", 20, ignore_eos=False, structured_outputs={"choice": ["alpha", "beta"]})
+    assert chosen.json()["choices"][0]["text"] in ("alpha", "beta"), chosen.text
+    body = {"model": server.model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "stream": True,
+            "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        layout_header = stream.headers["x-flying-layout"]
+        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    assert layout_header.startswith("tp1; engines=" if layout == "dp" else "tp2; engines=0,1")
+    assert chunks[-1]["usage"]["completion_tokens"] == 12
+
+
+def test_paused_requests_resume_without_recomputing(server: Server, expected: list[list[int]]) -> None:
+    before = server.scheduled_tokens()
+    requests = [(PROMPTS[index], 60 + index) for index in range(3)]
+    paused = [Background(server, prompt, tokens) for prompt, tokens in requests]
+    wait_for(server, "running", 3)
+    record = server.switch(TP, method="pause")
+    assert record["requests"]["paused"] == 3
+    wait_for(server, "paused", 3)
+    assert server.tokens(PROMPTS[0], 40) == expected[0][:40]
+    server.switch(DP)
+    for request, (prompt, _) in zip(paused, requests, strict=True):
+        index = PROMPTS.index(prompt)
+        assert request.tokens()[:40] == expected[index][:40]
+    computed = server.scheduled_tokens() - before
+    needed = sum(len(prompt) + tokens - 1 for prompt, tokens in [*requests, (PROMPTS[0], 40)])
+    cached = 0  # prompts of this test that were cached before cost less
+    assert computed + cached <= needed, "tokens were computed twice"
+
+
+def test_an_aborted_paused_request_frees_its_pages(server: Server) -> None:
+    body = {"model": server.model, "prompt": PROMPTS[2], "max_tokens": 600, "stream": True, **GREEDY}
+    streams = [server.client.stream("POST", "/v1/completions", json=body) for _ in range(2)]
+    lines = [stream.__enter__().iter_lines() for stream in streams]
+    for line in lines:  # kept: an iterator that goes away closes its response
+        next(line)
+    server.switch(TP, method="pause")
+    wait_for(server, "paused", 2)
+    for stream in streams:
+        stream.__exit__(None, None, None)
+    wait_for(server, "paused", 0)
+
+
+def test_a_prompt_larger_than_an_engine_runs_when_merged(server: Server) -> None:
+    (prompt,) = random_prompts(5, (ONE_ENGINE_TOKENS + 100,))
+    refused = server.complete(prompt, 8)
+    assert refused.status_code == 400
+    assert str(len(prompt) + 8) in refused.text and str(ONE_ENGINE_TOKENS) in refused.text, refused.text
+    server.switch(TP)
+    merged = server.status()["groups"][0]["kv_tokens_capacity"]
+    assert merged >= 0.95 * 2 * ONE_ENGINE_TOKENS
+    assert len(server.tokens(prompt, 8)) == 8
+
+
+def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[int]]) -> None:
+    prompt = PROMPTS[0]
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("tp2; engines=0,1", {"parallelism_hint": "tp"}),
+        ("tp1; engines=", {"vllm_xargs": {"parallelism_hint": "dp"}}),
+        ("tp2; engines=0,1", {"headers": {"X-Parallelism-Hint": "latency"}}),
+        ("tp2; engines=0,1", {"parallelism_hint": "auto"}),
+        ("tp1; engines=", {"parallelism_hint": "throughput"}),
+    ]
+    for layout, hint in ways:
+        response = server.complete(prompt, 40, **hint)
+        assert response.headers["x-flying-layout"].startswith(layout)
+        assert response.json()["choices"][0]["token_ids"] == expected[0]
+    for bad, text in (("fast", "auto, dp, tp, tp2"), ("tp4", "[1, 2]")):
+        response = server.complete(prompt, 4, parallelism_hint=bad)
+        assert response.status_code == 400 and text in response.text
+    response = server.complete(prompt, 4, parallelism_hint="tp", headers={"X-Parallelism-Hint": "dp"})
+    assert response.status_code == 400 and "different hints" in response.text
+
+
+def test_one_switch_at_a_time_and_a_time_limit(server: Server) -> None:
+    request = Background(server, PROMPTS[1], 400)
+    wait_for(server, "running", 1)
+    answers: list[httpx.Response] = []
+    draining = threading.Thread(target=lambda: answers.append(server.try_switch(TP, method="drain", timeout_s=1.0)))
+    draining.start()
+    time.sleep(0.3)
+    assert server.try_switch(TP).status_code == 409
+    assert "switching" in {engine["state"] for engine in server.status()["engines"]}
+    assert server.client.get("/health").status_code == 200
+    assert server.client.get("/metrics").status_code == 200
+    draining.join()
+    assert answers[0].status_code == 504
+    record = answers[0].json()["record"]
+    assert record["outcome"] == "rolled_back" and "time limit of 1 s" in record["error"]
+    status = server.status()
+    assert [engine["state"] for engine in status["engines"]] == ["serving", "serving"]
+    assert status["last_switch"] == record
+    assert len(request.tokens()) == 400
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"), [([[0, 1], [1]], "overlap"), ([[0]], "no group"), ([[1, 0]], "ascending"), ([[0, 1, 2]], "3 engines")]
+)
+def test_layouts_that_can_not_be_are_refused(server: Server, groups: list[list[int]], text: str) -> None:
+    response = server.try_switch(groups)
+    assert response.status_code == 422 and text in response.text
+
+
+def test_the_routes_are_guarded_by_the_api_key(server: Server) -> None:
+    for method, path in (("GET", "status"), ("POST", "switch"), ("GET", "memory")):
+        response = httpx.request(method, f"{server.url}/plugins/flying/{path}")
+        assert response.status_code == 401
+    assert server.try_switch(DP, method="nonsense").status_code == 422

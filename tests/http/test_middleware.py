@@ -1,0 +1,93 @@
+"""Hints in, layouts out; everything else untouched."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from vllm_flying.frontend.served import served_layouts
+from vllm_flying.http.middleware import ParallelismHintMiddleware
+
+PATH = "/v1/completions"
+
+
+def app(enabled: bool = True) -> TestClient:
+    def route_request() -> None:
+        record = served_layouts.get()
+        if record is not None:
+            record.add((0, 1), 2)
+
+    async def echo(request: Request) -> JSONResponse:
+        route_request()
+        body = await request.body()
+        return JSONResponse({"body": body.decode(), "length": request.headers["content-length"]})
+
+    async def stream(request: Request) -> StreamingResponse:
+        async def parts() -> Any:
+            route_request()
+            yield b"data: {}\n\n"
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    async def other(request: Request) -> JSONResponse:
+        return JSONResponse({"body": (await request.body()).decode()})
+
+    routes = [
+        Route(PATH, echo, methods=["POST"]),
+        Route("/v1/chat/completions", stream, methods=["POST"]),
+        Route("/v1/embeddings", other, methods=["POST"]),
+    ]
+    return TestClient(ParallelismHintMiddleware(Starlette(routes=routes), is_enabled=lambda: enabled))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        ({"prompt": "x", "parallelism_hint": "TP2"}, {}),
+        ({"prompt": "x", "vllm_xargs": {"parallelism_hint": "tp2"}}, {}),
+        ({"prompt": "x"}, {"X-Parallelism-Hint": "tp2"}),
+        ({"prompt": "x", "parallelism_hint": "tp2"}, {"X-Parallelism-Hint": "tp2"}),
+    ],
+)
+def test_a_hint_is_handed_on_from_every_place(body: dict[str, Any], headers: dict[str, str]) -> None:
+    response = app().post(PATH, json=body, headers=headers).json()
+    assert json.loads(response["body"]) == {"prompt": "x", "vllm_xargs": {"parallelism_hint": "tp2"}}
+    assert int(response["length"]) == len(response["body"])
+
+
+def test_other_extra_arguments_stay() -> None:
+    body = {"vllm_xargs": {"top": 1}, "parallelism_hint": "dp"}
+    response = app().post(PATH, json=body).json()
+    assert json.loads(response["body"]) == {"vllm_xargs": {"top": 1, "parallelism_hint": "dp"}}
+
+
+@pytest.mark.parametrize("body", [b'{ "prompt" :"x" }', b"not json parallelism_hint", b'["parallelism_hint"]', b""])
+def test_bodies_without_a_hint_pass_byte_for_byte(body: bytes) -> None:
+    assert app().post(PATH, content=body).json()["body"].encode() == body
+
+
+def test_bad_and_contradictory_hints_are_refused() -> None:
+    response = app().post(PATH, json={"parallelism_hint": "fast"})
+    assert response.status_code == 400
+    assert "allowed: auto, dp, tp" in response.json()["error"]["message"]
+    response = app().post(PATH, json={"parallelism_hint": "dp"}, headers={"X-Parallelism-Hint": "tp"})
+    assert response.status_code == 400 and "different hints" in response.text
+
+
+def test_the_layout_is_named_streamed_or_not() -> None:
+    for path in (PATH, "/v1/chat/completions"):
+        assert app().post(path, json={}).headers["x-flying-layout"] == "tp2; engines=0,1"
+    assert "x-flying-layout" not in app().post("/v1/embeddings", json={"parallelism_hint": "fast"}).headers
+
+
+def test_nothing_happens_while_the_plugin_is_off() -> None:
+    response = app(enabled=False).post(PATH, json={"parallelism_hint": "fast"})
+    assert response.status_code == 200 and "x-flying-layout" not in response.headers

@@ -1,0 +1,46 @@
+"""Settings are strict, and their reference is up to date."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_flying.settings import Settings, SettingsError
+from vllm_flying.settings.reference import field_docstrings, reference
+
+
+@pytest.mark.parametrize(
+    ("mapping", "texts"),
+    [
+        ({"on_hnt": "form"}, ["'on_hnt'", "did you mean 'on_hint'", "Allowed:"]),
+        ({"on_hint": "maybe"}, ["'on_hint'", "'maybe'", "form, best_effort"]),
+        ({"enabled": "yes"}, ["'enabled'", "'yes'", "true or false"]),
+        ({"widths": 2}, ["'widths'", "list of whole numbers"]),
+        ({"widths": [2, "4"]}, ["'widths'", "list of whole numbers"]),
+        ({"widths": [8], "num_engines": 4}, ["'widths'", "[8]", "[2, 4]"]),
+        ({"switch_timeout_s": -1}, ["'switch_timeout_s'", "-1", "above 0"]),
+        ({"switch_timeout_s": True}, ["'switch_timeout_s'", "a number"]),
+        ({"weights": None}, ["'weights'"]),
+    ],
+)
+def test_what_is_wrong_is_named(mapping: dict[str, Any], texts: list[str]) -> None:
+    with pytest.raises(SettingsError) as error:
+        Settings.from_mapping(mapping)
+    assert all(text in str(error.value) for text in texts), str(error.value)
+
+
+def test_values_are_kept_and_can_not_change() -> None:
+    settings = Settings.from_mapping({"widths": [4, 2], "num_engines": 8, "switch_timeout_s": 5})
+    assert settings.built_widths() == (2, 4)
+    assert Settings.from_mapping({"num_engines": 8}).built_widths() == (2, 4, 8)
+    with pytest.raises(FrozenInstanceError):
+        settings.widths = (2,)  # type: ignore[misc]
+
+
+def test_the_reference_is_up_to_date() -> None:
+    written = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    assert written == reference(), "run: python -m vllm_flying.settings.reference > docs/settings.md"
+    assert all(field_docstrings().values())
