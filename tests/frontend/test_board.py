@@ -45,8 +45,7 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
 
 
 def test_one_switch_at_a_time(tmp_path: Path) -> None:
-    with switch_lock(tmp_path):
-        with pytest.raises(SwitchPendingError), switch_lock(tmp_path):
-            pass
+    with switch_lock(tmp_path), pytest.raises(SwitchPendingError), switch_lock(tmp_path):
+        pass
     with switch_lock(tmp_path):
         pass

@@ -94,11 +94,13 @@ def main() -> int:
     """Run the demo."""
     console = Console()
     model = make_checkpoint(CACHE / "smollm2-135m-padded")
-    with tempfile.TemporaryDirectory(prefix="vllm-flying-demo-") as scratch:
-        with DemoServer(model, Path(scratch) / "server.log") as server:
-            demo = Demo(server, console)
-            asyncio.run(demo.run())
-            print("Stopping the server ...", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-flying-demo-") as scratch,
+        DemoServer(model, Path(scratch) / "server.log") as server,
+    ):
+        demo = Demo(server, console)
+        asyncio.run(demo.run())
+        print("Stopping the server ...", flush=True)
     print("\nAnswers:")
     for chat in demo.chats[:4] + demo.chats[-8:-4]:
         print(f"- [{chat.phase}] {chat.question}\n    {' '.join(chat.answer.split())}")

