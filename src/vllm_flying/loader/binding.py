@@ -43,11 +43,13 @@ def bind_model(model: nn.Module, resident: ResidentWeights, ratio: int, position
             module.quant_method = PlainEmbeddingMethod()
             module.cpu_linear = torch.nn.functional.linear
             _share_rows(module, source, "weight")
-            if getattr(module, "bias", None) is not None:
-                _share_rows(module, source, "bias")
+            _share_vocabulary_bias(module, source)
         else:
             _share_parameters(name, module, source)
         _share_buffers(name, module, source)
+        lacking = [key for key, _ in source.named_parameters(recurse=False) if getattr(module, key, None) is None]
+        if lacking:
+            raise UnsupportedModelError(f"layer {name} gets {lacking} while its weights load; that can't be bound")
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if left:
         raise UnsupportedModelError(f"tensors {left[:5]} could not be bound to the resident weights")
@@ -61,8 +63,7 @@ def _bind_tiles(name: str, module: nn.Module, source: nn.Module, resident: Resid
             _share_rows(module, source, "weight")
         else:
             module.weight = source.weight
-        if getattr(module, "bias", None) is not None:
-            _share_rows(module, source, "bias")
+        _share_vocabulary_bias(module, source)
         return
     module.quant_method = (TiledRowsMethod if cut.by_rows else TiledColumnsMethod)(cut, tiles)
     module.weight = source.weight
@@ -99,6 +100,12 @@ def _share_rows(module: nn.Module, source: nn.Module, name: str) -> None:
     # Ranks are numbered shard by shard: rank = the source's rank * width + position in the group.
     start = (module.tp_rank - source.tp_rank * width) * rows
     setattr(module, name, _parameter(getattr(source, name).data[start : start + rows]))
+
+
+def _share_vocabulary_bias(module: nn.Module, source: nn.Module) -> None:
+    # Asked of the source: some models register an output head's bias only when they meet it in the checkpoint.
+    if getattr(source, "bias", None) is not None:
+        _share_rows(module, source, "bias")
 
 
 def _share_parameters(name: str, module: nn.Module, source: nn.Module) -> None:
