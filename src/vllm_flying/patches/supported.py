@@ -28,6 +28,9 @@ def check_arguments(arguments: Any) -> None:
     ):
         if getattr(arguments, name, False):
             reasons.append(f"--{name.replace('_', '-')}: {meaning}")
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size", "nnodes"):
+        if getattr(arguments, name, 1) > 1:
+            reasons.append(f"--{name.replace('_', '-')} {getattr(arguments, name)}: can't be combined with switching yet")
     if getattr(arguments, "speculative_config", None):
         reasons.append("--speculative-config: drafts can't change their layout yet")
     if getattr(arguments, "data_parallel_rank", None) is not None:
@@ -40,7 +43,7 @@ def check_arguments(arguments: Any) -> None:
 
 def check_config(config: Any) -> None:
     """Refuse models and features that exclude switching, once vLLM has resolved its config."""
-    model, parallel = config.model_config, config.parallel_config
+    model = config.model_config
     reasons = []
     if model.is_moe:
         reasons.append("mixture-of-experts models can't change their layout yet")
@@ -52,12 +55,6 @@ def check_config(config: Any) -> None:
         reasons.append("multimodal models can't change their layout yet")
     if model.quantization:
         reasons.append(f"quantised weights ({model.quantization}) can't change their layout yet")
-    if parallel.pipeline_parallel_size > 1:
-        reasons.append("--pipeline-parallel-size above 1 can't be combined with switching yet")
-    if getattr(parallel, "decode_context_parallel_size", 1) > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        reasons.append("context parallelism can't be combined with switching")
-    if parallel.nnodes > 1:
-        reasons.append("engines on several nodes can't be merged yet")
     if config.kv_transfer_config is not None or getattr(config, "ec_transfer_config", None) is not None:
         reasons.append("KV and encoder-cache connectors can't be combined with switching yet")
     if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
