@@ -61,10 +61,17 @@ async def stream_chat(client: httpx.AsyncClient, model: str, chat: Chat, max_tok
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
-                for choice in json.loads(line[6:])["choices"]:
+                part = json.loads(line[6:])
+                if "error" in part:  # vLLM reports a failure after the start of the stream as a part of it
+                    chat.error = f"the stream ended with {part['error']}"
+                    return
+                for choice in part["choices"]:
                     if choice["delta"].get("content"):
                         chat.answer += choice["delta"]["content"]
                         chat.token_times.append(time.monotonic())
                     chat.finished |= choice["finish_reason"] is not None
     except httpx.HTTPError as error:
         chat.error = repr(error)
+    else:
+        if not chat.finished:
+            chat.error = "the stream ended without a finish_reason"

@@ -7,7 +7,9 @@ value head gives a zero output, which zero columns of the output projection drop
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ def gguf_file() -> Path:
 
 
 def make_checkpoint(target: Path, *, pad: bool = True) -> Path:
-    """Write the checkpoint to `target` unless it is there; returns `target`."""
-    if (target / "config.json").is_file():
+    """Write the checkpoint to `target` unless it is there; returns `target`. A conversion cut short leaves nothing there."""
+    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
         return target
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -42,8 +44,13 @@ def make_checkpoint(target: Path, *, pad: bool = True) -> Path:
     if pad:
         print(f"Padding heads with zeros to {PADDED_HEADS} and {PADDED_KV_HEADS} ...", flush=True)
         model = pad_heads(model, PADDED_HEADS, PADDED_KV_HEADS)
-    tokenizer.save_pretrained(target)
-    model.save_pretrained(target)  # its config.json comes last: the sign that the checkpoint is whole
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as unfinished:
+        whole = Path(unfinished) / target.name
+        tokenizer.save_pretrained(whole)
+        model.save_pretrained(whole)  # writes config.json before the weights: only the rename says that it is whole
+        shutil.rmtree(target, ignore_errors=True)  # what an older, interrupted conversion left
+        whole.rename(target)
     print(f"Checkpoint written to {target}.", flush=True)
     return target
 

@@ -19,6 +19,14 @@ import httpx
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 30.0
+ADVICE = "Run `vllm-flying doctor` to see what is missing."
+
+
+class ServerStartError(RuntimeError):
+    """The server did not come up; the text holds the end of its log and what to do."""
+
+    def __init__(self, what: str, log_tail: str) -> None:
+        super().__init__(f"{what}. The last lines of its log:\n{log_tail}\n{ADVICE}")
 
 
 class DemoServer:
@@ -34,7 +42,7 @@ class DemoServer:
         self._command = [
             sys.executable, "-m", "vllm_flying.cli", "serve", str(model), "--data-parallel-size", str(engines),
             "--api-server-count", "1", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048",
-            "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20),
+            "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20),
         ]  # fmt: skip
         cores = sorted(os.sched_getaffinity(0))
         binding = "|".join(str(cores[engine % len(cores)]) for engine in range(engines))
@@ -48,19 +56,34 @@ class DemoServer:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
-        while time.monotonic() - started < START_LIMIT_S:
+        try:
+            self._wait_until_ready(started)
+        except BaseException:  # Ctrl-C too: __exit__ is not called for a failed __enter__
+            self._stop()
+            raise
+        return self
+
+    def _wait_until_ready(self, started: float) -> None:
+        next_line = 0.0
+        while (waited := time.monotonic() - started) < START_LIMIT_S:
             if self._process.poll() is not None:
-                raise RuntimeError(f"The server ended with status {self._process.returncode}. Its last lines:\n{self._tail()}")
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200:
-                    print(f"\rServer ready after {time.monotonic() - started:.0f} s.{' ' * 20}", flush=True)
-                    return self
-            except httpx.TransportError:
-                pass
-            print(f"\rStarting the server ... {time.monotonic() - started:.0f} s", end="", flush=True)
+                raise ServerStartError(f"the server ended with status {self._process.returncode}", self._tail())
+            # trust_env: a proxy of the environment doesn't know this machine's 127.0.0.1
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200:
+                    print(f"{self._line_start()}Server ready after {waited:.0f} s.{' ' * 20}", flush=True)
+                    return
+            if sys.stdout.isatty():
+                print(f"\rStarting the server ... {waited:.0f} s", end="", flush=True)
+            elif waited >= next_line:
+                print(f"Starting the server ... {waited:.0f} s (limit {START_LIMIT_S:.0f} s)", flush=True)
+                next_line = waited + 10.0
             time.sleep(1.0)
-        self._stop()
-        raise RuntimeError(f"The server was not ready after {START_LIMIT_S:.0f} s. Its last lines:\n{self._tail()}")
+        raise ServerStartError(f"the server was not ready after {START_LIMIT_S:.0f} s", self._tail())
+
+    @staticmethod
+    def _line_start() -> str:
+        return "\r" if sys.stdout.isatty() else ""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
