@@ -139,7 +139,8 @@ def test_text_features(server: Server, layout: str) -> None:
 
 def test_paused_requests_resume_without_recomputing(server: Server, expected: list[list[int]]) -> None:
     before = server.scheduled_tokens()
-    requests = [(PROMPTS[index], 60 + index) for index in range(3)]
+    # Long enough to be seen running together; all three fit one engine's pages.
+    requests = [(PROMPTS[index], 250 + index) for index in range(3)]
     paused = [Background(server, prompt, tokens) for prompt, tokens in requests]
     wait_for(server, "running", 3)
     record = server.switch(TP, method="pause")
@@ -201,7 +202,7 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
 
 
 def test_one_switch_at_a_time_and_a_time_limit(server: Server) -> None:
-    request = Background(server, PROMPTS[1], 400)
+    request = Background(server, PROMPTS[1], 800)
     wait_for(server, "running", 1)
     answers: list[httpx.Response] = []
     draining = threading.Thread(target=lambda: answers.append(server.try_switch(TP, method="drain", timeout_s=1.0)))
@@ -218,7 +219,7 @@ def test_one_switch_at_a_time_and_a_time_limit(server: Server) -> None:
     status = server.status()
     assert [engine["state"] for engine in status["engines"]] == ["serving", "serving"]
     assert status["last_switch"] == record
-    assert len(request.tokens()) == 400
+    assert len(request.tokens()) == 800
 
 
 @pytest.mark.parametrize(
