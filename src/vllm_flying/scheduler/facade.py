@@ -119,9 +119,11 @@ class FlyingScheduler(SchedulerInterface):
 
     def admit(self, request: Request, width: int) -> None:
         """Add a request to the scheduler of `width`, whose blocks hash another number of tokens than other widths'."""
-        request._block_hasher = self._hashers[width]
-        request.block_hashes = []
-        request.update_block_hashes()
+        hashed_alone = request._block_hasher is not None and request._block_hasher not in self._hashers.values()
+        if width > 1 or not hashed_alone:  # the engine core has hashed every request for width 1
+            request._block_hasher = self._hashers[width]
+            request.block_hashes = []
+            request.update_block_hashes()
         self.schedulers[width].add_request(request)
 
     def finish_requests(
@@ -248,12 +250,11 @@ class FlyingScheduler(SchedulerInterface):
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Forget cached prefixes in every width; False if requests still hold pages somewhere."""
-        done = True
-        for width, scheduler in self.schedulers.items():
-            if reset_running_requests and scheduler.running:
-                scheduler.reset_prefix_cache(reset_running_requests=True) if width == 1 else None
-            done = self.pools[width].forget_prefixes() and done
-        return done
+        if reset_running_requests:
+            for scheduler in self.schedulers.values():
+                if scheduler.running:
+                    scheduler.reset_prefix_cache(reset_running_requests=True)
+        return all([pool.forget_prefixes() for pool in self.pools.values()])
 
     def reset_encoder_cache(self) -> None:
         """As vLLM's, for every width."""
