@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
+from vllm_flying.core.journey import Call
 from vllm_flying.core.leases import PageLeases
-from vllm_flying.core.topology import Group, Layout
-from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
+from vllm_flying.core.topology import Group, Layout, aligned_group
+from vllm_flying.core.transaction import UNDOABLE, Phase, SwitchTransaction
 
 NUM_ENGINES = 4
 NUM_PAGES = 10
@@ -22,53 +23,136 @@ class Refusal(Exception):
 
 
 class Engine:
-    """The page and layout side of an engine's agent."""
+    """The page, layout and request side of an engine's agent. A request is a page of KV in one width."""
 
     def __init__(self, engine: int) -> None:
         self.engine = engine
         self.group: Group = (engine,)
         self.leases = PageLeases(NUM_PAGES)
         self.own_free = set(range(1, NUM_PAGES))
+        self.free: dict[int, set[int]] = {2: set(), 4: set()}
+        """Virtual pages of the groups it leads that no request holds."""
+        self.requests: dict[str, tuple[int, int]] = {}
+        self.arriving: dict[str, tuple[int, int]] = {}
+        self.handed_back: list[int] | None = None
+        """What the leader gave back when the group ended, until this member leaves."""
         self.epoch = 0
         self.preparing: int | None = None
 
-    def handle(self, call: Call, engines: list[Engine]) -> Any:
-        arguments = dict(call.arguments)
-        arguments.pop("method", None), arguments.pop("recipients", None)
-        if call.operation == "move":
-            return self.move(engines=engines, **arguments)
-        return getattr(self, call.operation)(**arguments)
+    def dissolve(self) -> None:
+        pages, self.free[len(self.group)] = sorted(self.free[len(self.group)]), set()
+        for member in self.group:
+            if EVERYONE[member].group == self.group:
+                EVERYONE[member].handed_back = pages
 
-    def prepare(self, epoch: int) -> dict[str, int]:
+    @property
+    def leads(self) -> bool:
+        return self.group[0] == self.engine
+
+    def begin(self, request_id: str) -> None:
+        width = len(self.group)
+        pages = self.own_free if width == 1 else self.free[width]
+        if self.leads and pages:
+            self.requests[request_id] = (width, pages.pop())
+
+    def handle(self, call: Call) -> Any:
+        return getattr(self, call.operation)(**call.arguments)
+
+    def prepare(self, epoch: int, method: str) -> dict[str, Any]:
         if self.preparing is not None:
             raise Refusal("switching already")
         self.preparing = epoch
         width = len(self.group)
-        leading = width > 1 and self.group[0] == self.engine
-        returnable = len(self.leases.virtual_pages(width)) if leading else 0
-        return {"free_pages": len(self.own_free), "returnable_pages": returnable, "begun": 0}
+        returnable = len(self.free[width]) if width > 1 and self.leads else 0
+        widths = sorted({width for width, _ in self.requests.values()})
+        return {
+            "free_pages": len(self.own_free), "returnable_pages": returnable, "begun": 0, "paused_widths": widths,
+        }  # fmt: skip
 
-    def move(self, epoch: int, group: list[int], lease: int, engines: list[Engine]) -> dict[str, int]:
+    def move(self, epoch: int, group: list[int], lease: int, offering: bool) -> dict[str, Any]:
         assert self.preparing == epoch
-        width = len(self.group)
-        if width > 1:
-            self.own_free.update(self.leases.take_back(width, sorted(self.leases.virtual_pages(width))))
+        for width, page in self.arriving.values():
+            (self.own_free if width == 1 else self.free[width]).add(page)
+        self.arriving = {}
+        if len(self.group) > 1:
+            leader = EVERYONE[self.group[0]]
+            if self.handed_back is None and leader.group == self.group:
+                leader.dissolve()
+            elif self.handed_back is None:  # the leader refused to join: what was lent to it was never used
+                self.handed_back = self.last_lent
+            self.own_free.update(self.leases.take_back(len(self.group), self.handed_back or []))
+            self.handed_back = None
         self.group = tuple(group)
         if len(group) > 1:
             physical = [self.own_free.pop() for _ in range(lease)]
-            self.leases.lend(len(group), self.leases.next_virtual_pages(len(group), lease), physical)
-        return {"kv_tokens": lease}
+            virtual = self.leases.next_virtual_pages(len(group), lease)
+            self.leases.lend(len(group), virtual, physical)
+            self.last_lent = virtual
+            if self.leads:
+                self.free[len(group)].update(virtual)
+        offers = [
+            {"request_id": i, "width": width, "tokens": 1, "pages": [page], "packed": i.encode()}
+            for i, (width, page) in self.requests.items()
+            if offering and not (self.leads and width == len(group))
+        ]
+        return {"free_tokens": lease + 1 if len(group) > 1 else len(self.own_free) + 1, "offers": offers}
+
+    def admit(self, epoch: int, packed: list[bytes]) -> dict[str, Any]:
+        admitted = {}
+        for raw in packed:
+            pages = self.own_free if len(self.group) == 1 else self.free[len(self.group)]
+            if pages:
+                self.arriving[raw.decode()] = (len(self.group), page := pages.pop())
+                admitted[raw.decode()] = {"target_pages": [page], "first_block": 0, "last_block": 1}
+        return {"admitted": admitted}
+
+    def transfer(self, epoch: int, moves: list[dict[str, Any]], states: dict[str, bytes]) -> dict[str, Any]:
+        for move in moves:
+            for end in ("source", "target"):
+                if self.engine in move[end]:
+                    backed = self.leases.virtual_pages(len(move[end])) if len(move[end]) > 1 else set(range(1, NUM_PAGES))
+                    assert set(move[f"{end}_pages"]) <= backed
+        return {"bytes": 0, "seconds": 0.0}
 
     def prove(self) -> list[dict[str, int]]:
         return [{"engine": e, "tp_size": len(self.group), "tp_rank": i} for i, e in enumerate(self.group)]
 
-    def commit(self, epoch: int) -> dict[str, Any]:
+    def release(self, epoch: int, departed: dict[int, list[str]], forget: dict[int, list[str]]) -> dict[str, Any]:
+        for width, ids in departed.items():
+            for request_id in ids:
+                held, page = self.requests.pop(request_id)
+                assert held == width
+                (self.own_free if width == 1 else self.free[width]).add(page)
+        reclaimed = {}
+        for width, pages in self.free.items():
+            if pages and not (self.leads and width == len(self.group)):
+                reclaimed[width] = sorted(pages)
+                self.free[width] = set()
+        return {"gone": [], "reclaimed": reclaimed, "free_pages": len(self.own_free)}
+
+    def commit(self, epoch: int, recipients: list[int], gone: Any, returned: Any, extend: int) -> dict[str, Any]:
         self.epoch, self.preparing = epoch, None
-        return {"handover": {}}
+        for width, pages in returned.items():
+            self.own_free.update(self.leases.take_back(width, pages))
+        self.requests |= self.arriving
+        self.arriving = {}
+        virtual = self.leases.next_virtual_pages(len(self.group), extend) if extend else []
+        physical = [self.own_free.pop() for _ in virtual]
+        if extend:
+            self.leases.lend(len(self.group), virtual, physical)
+        return {"handover": {}, "lent": {"virtual": virtual, "physical": physical}, "kv_tokens": 0}
+
+    def extend(self, epoch: int, virtual: list[int], physical: dict[str, list[int]]) -> dict[str, Any]:
+        assert set(physical) == {str(engine) for engine in self.group}
+        self.free[len(self.group)].update(virtual)
+        return {"kv_tokens": 1}
 
     def cancel(self, epoch: int) -> None:
         if self.preparing == epoch:
             self.preparing = None
+
+
+EVERYONE: list[Engine] = []
 
 
 def run(transaction: SwitchTransaction, engines: list[Engine], fails: Any) -> None:
@@ -87,7 +171,7 @@ def run(transaction: SwitchTransaction, engines: list[Engine], fails: Any) -> No
                     following += transaction.failed(call.engine, f"{call.operation} refused")
                 continue
             # Calls of a phase that was given up meanwhile are still handled, in order; nobody waits for the reply.
-            result = engines[call.engine].handle(call, engines)
+            result = engines[call.engine].handle(call)
             if phase is not transaction.phase:
                 continue
             if fails(call, phase, before=False):
@@ -97,25 +181,39 @@ def run(transaction: SwitchTransaction, engines: list[Engine], fails: Any) -> No
         calls = following
 
 
-def check_pages(engines: list[Engine], layout: Layout) -> None:
+def check_pages(engines: list[Engine], layout: Layout, begun: set[str]) -> None:
     for engine in engines:
         assert engine.group == layout.group_of(engine.engine)
-        assert engine.preparing is None
-        assert engine.own_free.isdisjoint(engine.leases.lent_pages())
-        assert len(engine.own_free) + len(engine.leases.lent_pages()) == NUM_PAGES - 1
-    for group in layout.groups:
-        backed = [engines[e].leases.virtual_pages(len(group)) for e in group if len(group) > 1]
-        assert all(pages == backed[0] for pages in backed)
+        assert engine.preparing is None and not engine.arriving and engine.handed_back is None
+        held = {page for width, page in engine.requests.values() if width == 1}
+        lent = engine.leases.lent_pages()
+        assert engine.own_free.isdisjoint(lent) and held.isdisjoint(engine.own_free | lent)
+        assert len(engine.own_free) + len(held) + len(lent) == NUM_PAGES - 1
+        for width, free in engine.free.items():
+            used = {page for w, page in engine.requests.values() if w == width}
+            assert used.isdisjoint(free)
+            if engine.engine % width == 0:
+                for member in aligned_group(engine.engine, width):
+                    assert engines[member].leases.virtual_pages(width) == used | free
+            else:
+                assert not used and not free
+    homes = [request_id for engine in engines for request_id in engine.requests]
+    assert sorted(homes) == sorted(begun), "a request is lost, or in two places"
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layouts(data: st.DataObject) -> None:
     engines = [Engine(e) for e in range(NUM_ENGINES)]
+    EVERYONE[:] = engines
     layout = Layout.separate(NUM_ENGINES)
     for epoch in range(1, data.draw(st.integers(2, 6))):
+        for engine in data.draw(st.lists(st.integers(0, NUM_ENGINES - 1), max_size=5)):
+            engines[engine].begin(f"{epoch}.{engine}.{len(engines[engine].requests)}")
+        begun = {request_id for engine in engines for request_id in engine.requests}
         target = data.draw(layouts(NUM_ENGINES))
-        failing = data.draw(st.sampled_from([None, Phase.PREPARE, Phase.MOVE, Phase.PROVE]))
+        method = data.draw(st.sampled_from(["pause", "migrate"]))
+        failing = data.draw(st.sampled_from([None, Phase.PREPARE, *sorted(UNDOABLE, key=lambda phase: phase.value)]))
         engine = data.draw(st.integers(0, NUM_ENGINES - 1))
         late = data.draw(st.booleans())
 
@@ -124,13 +222,38 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
             wanted = late if not before else not late
             return phase is failing and call.engine == engine and wanted
 
-        transaction = SwitchTransaction(epoch, layout, target, "pause")
+        transaction = SwitchTransaction(epoch, layout, target, method)
         run(transaction, engines, fails)
         assert transaction.phase in (Phase.COMMITTED, Phase.ROLLED_BACK)
         if transaction.phase is Phase.COMMITTED:
             assert transaction.failure is None or failing is None
             layout = target
-        check_pages(engines, layout)
+        check_pages(engines, layout, begun)
+
+
+def test_a_migration_into_the_present_layout_fetches_what_is_paused() -> None:
+    engines = [Engine(e) for e in range(2)]
+    EVERYONE[:] = engines
+    for engine in engines:
+        engine.begin(f"r{engine.engine}")
+    separate, merged = Layout.separate(2), Layout.of([[0, 1]], 2)
+    never = lambda call, phase, before: False  # noqa: E731
+    run(SwitchTransaction(1, separate, merged, "pause"), engines, never)
+    assert set(engines[0].requests) == {"r0"} and set(engines[1].requests) == {"r1"}
+    fetching = SwitchTransaction(2, merged, merged, "migrate")
+    run(fetching, engines, never)
+    assert {i: width for i, (width, _) in engines[0].requests.items()} == {"r0": 2, "r1": 2}
+    # All pages but the two that are held now back the merged group, and none is left behind.
+    assert len(engines[0].free[2]) == NUM_PAGES - 1 - 2 and not engines[1].own_free
+
+
+def test_kv_held_by_engines_outside_the_switch_brings_them_in() -> None:
+    transaction = SwitchTransaction(1, Layout.of([[0, 1], [2], [3]], 4), Layout.separate(4), "migrate")
+    assert {call.engine for call in transaction.start()} == {0, 1}
+    ready = {"free_pages": 5, "returnable_pages": 5, "begun": 0}
+    assert transaction.replied(1, {**ready, "paused_widths": []}) == []
+    calls = transaction.replied(0, {**ready, "paused_widths": [2, 4]})
+    assert [(call.engine, call.operation) for call in calls] == [(2, "prepare"), (3, "prepare")]
 
 
 def test_engines_whose_group_stays_take_no_part() -> None:
@@ -160,7 +283,7 @@ def test_a_wrong_proof_is_undone() -> None:
     for engine in (0, 1):
         calls = transaction.replied(engine, {"free_pages": 5, "returnable_pages": 0, "begun": 0})
     for engine in (0, 1):
-        calls = transaction.replied(engine, {"kv_tokens": 1})
+        calls = transaction.replied(engine, {"free_tokens": 1, "offers": []})
     assert [call.operation for call in calls] == ["prove"]
     calls = transaction.replied(0, [{"engine": 0, "tp_size": 2, "tp_rank": 0}, {"engine": 1, "tp_size": 1, "tp_rank": 0}])
     assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0]), ("move", [1])]

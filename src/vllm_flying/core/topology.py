@@ -118,6 +118,12 @@ def group_world_ranks(group: Group, engine_tp: int, num_engines: int) -> list[in
     return [world_rank(engine, local, num_engines) for local in range(engine_tp) for engine in group]
 
 
+def aligned_group(engine: int, width: int) -> Group:
+    """The group of `width` engines that `engine` can belong to."""
+    first = engine - engine % width
+    return tuple(range(first, first + width))
+
+
 def groups_of_width(width: int, num_engines: int) -> list[Group]:
     """Every aligned group of `width` engines."""
     return [tuple(range(first, first + width)) for first in range(0, num_engines, width)]

@@ -1,18 +1,20 @@
 """A switch of layout as a state machine: prepare, move, prove, commit; or back to where it was.
 
 Pure: no torch, no vllm, no clock, no I/O. The machine says which engine gets which call next; the switcher sends the
-calls and reports replies and failures. Only engines whose group changes take part. Nothing in the old layout is given
-up before every engine is at rest, and nothing is announced before the workers have proved the new layout.
+calls and reports replies and failures. Only engines whose group changes take part, and those whose pages hold the KV
+of requests that migrate. Nothing in the old layout is given up before every engine is at rest, and nothing is
+announced before the workers have proved the new layout. With the method `migrate`, begun requests are admitted in the
+new layout and their KV is copied before the proof, and given up in the old one after it (see `core.journey`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from vllm_flying.core.topology import Group, Layout
+from vllm_flying.core.journey import Call, Journey
+from vllm_flying.core.topology import Group, Layout, aligned_group
 
 
 class Phase(Enum):
@@ -20,8 +22,12 @@ class Phase(Enum):
 
     PREPARE = "prepare"
     MOVE = "move"
+    ADMIT = "admit"
+    TRANSFER = "transfer"
     PROVE = "prove"
+    RELEASE = "release"
     COMMIT = "commit"
+    EXTEND = "extend"
     COMMITTED = "committed"
     MOVE_BACK = "move back"
     CANCEL = "cancel"
@@ -30,15 +36,21 @@ class Phase(Enum):
 
 
 FINAL = frozenset({Phase.COMMITTED, Phase.ROLLED_BACK, Phase.FAILED})
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call to one engine's agent."""
-
-    engine: int
-    operation: str
-    arguments: dict[str, Any]
+UNDOABLE = frozenset({Phase.MOVE, Phase.ADMIT, Phase.TRANSFER, Phase.PROVE})
+# A failure in one of these can't be mended: what was given up may not be back, or nobody knows.
+POINTS_OF_NO_RETURN = frozenset({Phase.MOVE_BACK, Phase.CANCEL, Phase.RELEASE, Phase.COMMIT, Phase.EXTEND})
+FOLLOWING = {
+    Phase.PREPARE: Phase.MOVE,
+    Phase.MOVE: Phase.ADMIT,
+    Phase.ADMIT: Phase.TRANSFER,
+    Phase.TRANSFER: Phase.PROVE,
+    Phase.PROVE: Phase.RELEASE,
+    Phase.RELEASE: Phase.COMMIT,
+    Phase.COMMIT: Phase.EXTEND,
+    Phase.EXTEND: Phase.COMMITTED,
+    Phase.MOVE_BACK: Phase.CANCEL,
+    Phase.CANCEL: Phase.ROLLED_BACK,
+}
 
 
 @dataclass
@@ -55,13 +67,26 @@ class SwitchTransaction:
     moved: dict[int, dict[str, Any]] = field(default_factory=dict)
     proof: list[dict[str, Any]] = field(default_factory=list)
     committed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    journey: Journey = field(init=False)
+    _joined: set[int] = field(default_factory=set)
     _waiting: set[int] = field(default_factory=set)
     _failed: set[int] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.journey = Journey(self.epoch, self.target)
+
+    @property
+    def migrates(self) -> bool:
+        """Whether begun requests move into the new layout."""
+        return self.method == "migrate"
+
     @property
     def engines(self) -> tuple[int, ...]:
-        """Engines that take part."""
-        return self.source.changed_engines(self.target)
+        """Engines that take part. A migration into the present layout fetches what is paused anywhere."""
+        changed = self.source.changed_engines(self.target)
+        if self.migrates and not changed:
+            return tuple(range(self.source.num_engines))
+        return tuple(sorted({*changed, *self._joined}))
 
     @property
     def is_over(self) -> bool:
@@ -84,14 +109,23 @@ class SwitchTransaction:
             self.prepared[engine] = result
         elif self.phase is Phase.MOVE:
             self.moved[engine] = result
+            self.journey.moved(engine, result)
+        elif self.phase is Phase.ADMIT:
+            self.journey.admitted(engine, result)
+        elif self.phase is Phase.TRANSFER:
+            self.journey.transferred(result)
         elif self.phase is Phase.PROVE:
             self.proof.extend(result)
+        elif self.phase is Phase.RELEASE:
+            self.journey.released(engine, result)
         elif self.phase is Phase.COMMIT:
             self.committed[engine] = result
+        elif self.phase is Phase.EXTEND:
+            self.committed[engine] |= result
         return self._advance()
 
     def failed(self, engine: int | None, reason: str) -> list[Call]:
-        """An engine refused, or (engine None) the time limit passed. Before the commit the switch is undone.
+        """An engine refused, or (engine None) the time limit passed. Before the release the switch is undone.
 
         While engines are moving, the others' replies are awaited first: what is undone must be known.
         """
@@ -102,7 +136,7 @@ class SwitchTransaction:
         if engine is not None:
             self._failed.add(engine)
             self._waiting.discard(engine)
-        if self.phase in (Phase.MOVE_BACK, Phase.CANCEL, Phase.COMMIT):
+        if self.phase in POINTS_OF_NO_RETURN:
             if engine is None:
                 self.phase = Phase.FAILED
                 return []
@@ -117,9 +151,14 @@ class SwitchTransaction:
     def _advance(self) -> list[Call]:
         if self._waiting:
             return []
-        if self.phase in (Phase.MOVE, Phase.PROVE) and self.failure is not None:
+        if self.phase in UNDOABLE and self.failure is not None:
             return self._enter(Phase.MOVE_BACK)
         if self.phase is Phase.PREPARE:
+            joining = self._engines_with_kv_to_move()
+            if joining:
+                self._joined |= joining
+                self._waiting = set(joining)
+                return [self._prepare(engine) for engine in sorted(joining)]
             problem = self._lack_of_pages()
             if problem:
                 return self.failed(None, problem)
@@ -128,18 +167,10 @@ class SwitchTransaction:
             if problem:
                 self.failure = problem
                 return self._enter(Phase.MOVE_BACK)
-        if self._failed and self.phase in (Phase.MOVE_BACK, Phase.CANCEL, Phase.COMMIT):
+        if self._failed and self.phase in POINTS_OF_NO_RETURN:
             self.phase = Phase.FAILED
             return []
-        following = {
-            Phase.PREPARE: Phase.MOVE,
-            Phase.MOVE: Phase.PROVE,
-            Phase.PROVE: Phase.COMMIT,
-            Phase.COMMIT: Phase.COMMITTED,
-            Phase.MOVE_BACK: Phase.CANCEL,
-            Phase.CANCEL: Phase.ROLLED_BACK,
-        }
-        return self._enter(following[self.phase])
+        return self._enter(FOLLOWING[self.phase])
 
     def _enter(self, phase: Phase) -> list[Call]:
         self.phase = phase
@@ -153,29 +184,63 @@ class SwitchTransaction:
 
     def _calls(self, phase: Phase) -> list[Call]:
         if phase is Phase.PREPARE:
-            return [Call(e, "prepare", {"epoch": self.epoch, "method": self.method}) for e in self.engines]
+            return [self._prepare(engine) for engine in self.engines]
         if phase is Phase.MOVE:
             return self._moves(self.target)
+        if phase is Phase.ADMIT:
+            return self.journey.admissions(self._changed_groups(self.target))
+        if phase is Phase.TRANSFER:
+            return self.journey.transfers(self._changed_groups(self.target))
         if phase is Phase.PROVE:
             return [Call(group[0], "prove", {}) for group in self._changed_groups(self.target)]
+        if phase is Phase.RELEASE:
+            return self.journey.releases(self.engines)
         if phase is Phase.COMMIT:
-            return [Call(e, "commit", {"epoch": self.epoch, "recipients": self.recipients(e)}) for e in self.engines]
+            return [self._commit(engine) for engine in self.engines]
+        if phase is Phase.EXTEND:
+            return self.journey.extensions(self.committed)
         if phase is Phase.MOVE_BACK:
             return self._moves(self.source)
         if phase is Phase.CANCEL:
             return [Call(e, "cancel", {"epoch": self.epoch}) for e in self.engines]
         return []
 
+    def _prepare(self, engine: int) -> Call:
+        return Call(engine, "prepare", {"epoch": self.epoch, "method": self.method})
+
+    def _commit(self, engine: int) -> Call:
+        arguments = {"epoch": self.epoch, "recipients": self.recipients(engine)}
+        return Call(engine, "commit", {**arguments, **self.journey.outcome(engine)})
+
     def _moves(self, layout: Layout) -> list[Call]:
+        offering = self.migrates and layout is self.target
         return [
-            Call(engine, "move", {"epoch": self.epoch, "group": list(group), "lease": self.lease(group)})
+            Call(
+                engine,
+                "move",
+                {"epoch": self.epoch, "group": list(group), "lease": self.lease(group), "offering": offering},
+            )
             for group in self._changed_groups(layout)
             for engine in group
         ]
 
-    def _changed_groups(self, layout: Layout) -> Iterable[Group]:
+    def _changed_groups(self, layout: Layout) -> list[Group]:
         changed = set(self.engines)
         return [group for group in layout.groups if group[0] in changed]
+
+    def _engines_with_kv_to_move(self) -> set[int]:
+        """Engines not prepared yet whose pages hold KV of a prepared engine's requests, or who share their groups."""
+        if not self.migrates:
+            return set()
+        wanted, grown = set(self.prepared), True
+        while grown:
+            before = len(wanted)
+            for engine in sorted(wanted):
+                wanted.update(self.source.group_of(engine), self.target.group_of(engine))
+                for width in self.prepared.get(engine, {}).get("paused_widths", ()):
+                    wanted.update(aligned_group(engine, width))
+            grown = len(wanted) > before
+        return wanted - set(self.prepared)
 
     def lease(self, group: Group) -> int:
         """Pages that each member lends to `group`: as many as every member has free once its old group is left."""

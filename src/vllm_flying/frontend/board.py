@@ -40,20 +40,21 @@ class BoardState:
     engine_tp: int
     groups: tuple[BoardGroup, ...]
     last_switch: dict[str, Any] | None = None
+    has_switched: bool = False
+    """Whether a switch was ever begun: requests may be with another engine than the one they were sent to."""
 
     def to_json(self) -> str:
         """For the file."""
         groups = [{"engines": list(group.engines), "kv_tokens": group.kv_tokens} for group in self.groups]
-        return json.dumps(
-            {"epoch": self.epoch, "engine_tp": self.engine_tp, "groups": groups, "last_switch": self.last_switch}
-        )
+        fields = {name: getattr(self, name) for name in ("epoch", "engine_tp", "last_switch", "has_switched")}
+        return json.dumps({**fields, "groups": groups})
 
     @classmethod
     def from_json(cls, text: str) -> BoardState:
         """From the file."""
         raw = json.loads(text)
         groups = tuple(BoardGroup(tuple(group["engines"]), group["kv_tokens"]) for group in raw["groups"])
-        return cls(raw["epoch"], raw["engine_tp"], groups, raw["last_switch"])
+        return cls(**{**raw, "groups": groups})
 
 
 class LayoutBoard:

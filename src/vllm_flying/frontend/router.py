@@ -59,7 +59,7 @@ class Router:
     @property
     def has_switched(self) -> bool:
         """Whether requests may be with another engine than the one they were sent to."""
-        return self._board.exists and self._board.read().epoch > 0
+        return self._board.exists and self._board.read().has_switched
 
     def _groups(self, state: BoardState) -> list[GroupState]:
         return [GroupState(group.engines, self._load(group.engines[0]), group.kv_tokens) for group in state.groups]

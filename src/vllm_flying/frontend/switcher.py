@@ -18,14 +18,16 @@ from vllm_flying.core.topology import Layout, LayoutError
 from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, switch_lock
 from vllm_flying.frontend.engines import EngineCalls
-from vllm_flying.settings import Settings
+from vllm_flying.frontend.record import PHASES, add_wave, switch_record
+from vllm_flying.settings import SWITCH_METHODS, Settings
 
 logger = init_logger("vllm.flying.switch")
 
 # When to look for requests that were on their way to an engine while it was being parked.
 COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
 UNDO_LIMIT_S = 10.0
-METHODS = ("auto", "drain", "pause")
+# Waves of a migration that hasn't room for all requests at once: each frees pages for the next.
+MAX_WAVES = 32
 
 
 class SwitchFailed(RuntimeError):
@@ -53,9 +55,8 @@ class Switcher:
 
     def check(self, groups: Iterable[Sequence[int]], method: str) -> Layout:
         """The layout that `groups` name; LayoutError if it can't be, ValueError for an unknown method."""
-        if method not in METHODS:
-            allowed = ", ".join(METHODS)
-            raise ValueError(f"method {method!r} is not available; this version has: {allowed}")
+        if method not in SWITCH_METHODS:
+            raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(SWITCH_METHODS)}")
         target = Layout.of(groups, self._engines.num_engines)
         built = {1, *self._settings.built_widths()}
         for group in target.groups:
@@ -67,31 +68,50 @@ class Switcher:
         self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = "request"
     ) -> dict[str, Any]:
         """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else."""
+        chosen = "migrate" if method == "auto" else method
+        deadline = time.perf_counter() + timeout_s
         with switch_lock(self._directory):
-            state = self._board.read()
-            source = self.layout()
-            chosen = "pause" if method == "auto" else method
-            transaction = SwitchTransaction(state.epoch + 1, source, target, chosen)
-            seconds = await self._run(transaction, timeout_s)
-            record = self._record(transaction, seconds, reason)
-            if transaction.phase is not Phase.COMMITTED:
-                # The epoch is used up: an engine may have seen it.
-                self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
-                logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
-                raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
-            self._announce(state, transaction, record)
-            await self._hand_over(transaction)
+            transaction, record = await self._switch_once(target, chosen, timeout_s, reason)
+            for _ in range(MAX_WAVES):
+                left = deadline - time.perf_counter()
+                if not (transaction.journey.staying and transaction.journey.arrived) or left <= 0:
+                    break
+                try:
+                    transaction, wave = await self._switch_once(target, chosen, left, reason)
+                except SwitchFailed as failed:
+                    logger.warning("A further wave of the migration failed: %s", failed)
+                    break
+                record = add_wave(record, wave)
         self._collect_later(transaction)
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
-            transaction.epoch, record["from"], record["to"], reason, chosen, 1e3 * record["seconds"]["total"],
-        )
+            record["epoch"], record["from"], record["to"], reason, chosen, 1e3 * record["seconds"]["total"],
+        )  # fmt: skip
         return record
+
+    async def _switch_once(
+        self, target: Layout, method: str, timeout_s: float, reason: str
+    ) -> tuple[SwitchTransaction, dict[str, Any]]:
+        state = self._board.read()
+        if not state.has_switched:  # from now on aborts must reach every engine
+            self._board.publish(replace(state, has_switched=True))
+            state = self._board.read()
+        transaction = SwitchTransaction(state.epoch + 1, self.layout(), target, method)
+        seconds = await self._run(transaction, timeout_s)
+        record = switch_record(transaction, seconds, reason)
+        if transaction.phase is not Phase.COMMITTED:
+            # The epoch is used up: an engine may have seen it.
+            self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
+            logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
+            raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
+        self._announce(state, transaction, record)
+        await self._hand_over(transaction)
+        return transaction, record
 
     async def _run(self, transaction: SwitchTransaction, timeout_s: float) -> dict[str, float]:
         started = time.perf_counter()
         deadline = started + timeout_s
-        seconds = dict.fromkeys(("prepare", "move", "prove", "commit"), 0.0)
+        seconds = dict.fromkeys(PHASES, 0.0)
         pending = self._send(transaction.start())
         undo_deadline: float | None = None
         entered, phase = started, transaction.phase
@@ -129,26 +149,10 @@ class Switcher:
             for call in calls
         }
 
-    def _record(self, transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
-        outcome = transaction.phase.value
-        begun = sum(reply["begun"] for reply in transaction.prepared.values())
-        return {
-            "epoch": transaction.epoch,
-            "from": transaction.source.to_lists(),
-            "to": transaction.target.to_lists(),
-            "reason": reason,
-            "method": transaction.method,
-            "outcome": outcome.replace(" ", "_"),
-            "error": transaction.failure,
-            "requests": {"paused": begun},
-            "seconds": {name: round(value, 6) for name, value in seconds.items()},
-            "proof": transaction.proof,
-        }
-
     def _announce(self, state: BoardState, transaction: SwitchTransaction, record: dict[str, Any]) -> None:
-        known = {group.engines: group.kv_tokens for group in state.groups}
+        committed, known = transaction.committed, {group.engines: group.kv_tokens for group in state.groups}
         groups = tuple(
-            BoardGroup(group, transaction.moved[group[0]]["kv_tokens"] if group[0] in transaction.moved else known[group])
+            BoardGroup(group, committed[group[0]]["kv_tokens"] if group[0] in committed else known[group])
             for group in transaction.target.groups
         )
         self._board.publish(replace(state, epoch=transaction.epoch, groups=groups, last_switch=record))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any
 
 from vllm.logger import init_logger
 
 from vllm_flying.core.leases import PageLeases
 from vllm_flying.core.topology import Group
-from vllm_flying.scheduler import registry
+from vllm_flying.scheduler import departures, registry
+from vllm_flying.scheduler.arrivals import Arrivals
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_requests, unpack_requests
 from vllm_flying.settings import Settings
@@ -42,8 +44,10 @@ class EngineAgent:
         self._preparing: int | None = None
         self._previous_group: Group = self.group
         self._parked_call: Any = None
-        self._drained: Future[dict[str, Any]] | None = None
+        self._resting: Future[dict[str, Any]] | None = None
+        self._draining = False
         self._leases: PageLeases | None = None
+        self._arrivals: Arrivals | None = None
         registry.register_agent(vllm_config, self)
 
     @property
@@ -58,6 +62,14 @@ class EngineAgent:
         if self._leases is None:
             self._leases = PageLeases(self.facade.kv_cache_config.num_blocks)
         return self._leases
+
+    @property
+    def arrivals(self) -> Arrivals:
+        """Requests on their way into this engine."""
+        if self._arrivals is None:
+            self._arrivals = Arrivals(self.facade)
+            self.facade.on_abort = self._arrivals.abort
+        return self._arrivals
 
     @property
     def workers_follow(self) -> bool:
@@ -76,8 +88,12 @@ class EngineAgent:
             "status": self.status,
             "prepare": self.prepare,
             "move": self.move,
+            "admit": self.admit,
+            "transfer": self.transfer,
             "prove": self.prove,
+            "release": self.release,
             "commit": self.commit,
+            "extend": self.extend,
             "cancel": self.cancel,
             "adopt": self.adopt,
             "collect": self.collect,
@@ -131,7 +147,7 @@ class EngineAgent:
     # ---- a switch, step by step -----------------------------------------------------------------------------------
 
     def prepare(self, epoch: int, method: str) -> dict[str, Any] | Future[dict[str, Any]]:
-        """Come to rest: keep new and fresh requests aside; `pause` stops at once, `drain` when what has begun is done."""
+        """Come to rest: keep new and fresh requests aside, let steps in flight end; `drain` lets what has begun end."""
         if self._preparing is not None:
             raise SwitchRefused(f"engine {self.engine} is being switched already (epoch {self._preparing})")
         if epoch <= self.epoch:
@@ -142,16 +158,20 @@ class EngineAgent:
         facade.holding = True
         if not facade.parked:
             facade.set_aside_fresh()
-        if method == "drain" and not facade.parked and facade.active.has_requests():
-            self._drained = Future()
-            return self._drained
+        self._draining = method == "drain" and not facade.parked and facade.active.has_requests()
+        facade.stopped = not self._draining
+        if self._draining or facade.steps_in_flight:
+            self._resting = Future()
+            return self._resting
         return self._at_rest()
 
     def after_step(self) -> None:
-        """A draining engine whose last request is done reports that it is at rest."""
-        if self._drained is not None and not self.facade.active.has_unfinished_requests():
-            drained, self._drained = self._drained, None
-            drained.set_result(self._at_rest())
+        """An engine that comes to rest says so once its last step, or its last request, is done."""
+        if self._resting is None or self.facade.steps_in_flight:
+            return
+        if not self._draining or not self.facade.active.has_unfinished_requests():
+            resting, self._resting = self._resting, None
+            resting.set_result(self._at_rest())
 
     def _at_rest(self) -> dict[str, Any]:
         facade = self.facade
@@ -162,22 +182,50 @@ class EngineAgent:
             "free_pages": facade.pools[1].num_free,
             "returnable_pages": facade.pools[facade.active_width].num_free if leading else 0,
             "begun": running + waiting,
+            "paused_widths": departures.paused_widths(facade),
         }
 
-    def move(self, epoch: int, group: list[int], lease: int) -> dict[str, Any]:
-        """Leave the present group and join `group`, backing `lease` more of its pages."""
-        if self._preparing != epoch:
-            raise SwitchRefused(f"engine {self.engine} was not prepared for epoch {epoch}")
+    def move(self, epoch: int, group: list[int], lease: int, offering: bool = False) -> dict[str, Any]:
+        """Leave the present group and join `group`, backing `lease` more of its pages.
+
+        With `offering` the reply lists the begun requests that the new layout doesn't run.
+        """
+        self._check_prepared(epoch)
         started = time.perf_counter()
+        self._drop_arrivals()
         self._leave()
         left = time.perf_counter()
+        offers = self._offers(tuple(group)) if offering else []
+        offered = time.perf_counter()
         self._join(tuple(group), lease, epoch)
-        width = self.facade.active_width
+        pool = self.facade.pools[self.facade.active_width]
         return {
             "leave_s": left - started,
-            "join_s": time.perf_counter() - left,
-            "kv_tokens": self.facade.pools[width].num_owned * self._page_tokens(width),
+            "offer_s": offered - left,
+            "join_s": time.perf_counter() - offered,
+            "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
+            "offers": offers,
         }
+
+    def _check_prepared(self, epoch: int) -> None:
+        if self._preparing != epoch:
+            raise SwitchRefused(f"engine {self.engine} was not prepared for epoch {epoch}")
+
+    def _kv_tokens(self) -> int:
+        width = self.facade.active_width
+        return int(self.facade.pools[width].num_owned * self._page_tokens(width))
+
+    def _offers(self, group: Group) -> list[dict[str, Any]]:
+        movable = departures.movable_requests(self.facade, len(group) if group[0] == self.engine else None)
+        if not movable:
+            return []
+        ids = {width: [request.request_id for request in requests] for width, requests in movable.items()}
+        states: dict[str, bytes] = self._call_workers("flying_export", (ids,))[0]
+        return [
+            departures.make_offer(self.facade, width, request, states.get(request.request_id))
+            for width, requests in movable.items()
+            for request in requests
+        ]
 
     def _leave(self) -> None:
         facade, width = self.facade, len(self.group)
@@ -212,16 +260,58 @@ class EngineAgent:
             self._parked_call = self._call_workers("flying_follow", arguments, non_block=True)
             facade.parked = True
 
+    def admit(self, epoch: int, packed: list[bytes]) -> dict[str, Any]:
+        """Leaders: find pages for begun requests from other layouts."""
+        self._check_prepared(epoch)
+        return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens)}
+
+    @cached_property
+    def _kernel_block_tokens(self) -> int:
+        return int(self._call_workers("flying_kernel_block_tokens")[0])
+
+    def transfer(self, epoch: int, moves: list[dict[str, Any]], states: dict[str, bytes]) -> dict[str, Any]:
+        """Leaders: have the group's workers copy KV; all groups concerned must be told at once."""
+        self._check_prepared(epoch)
+        replies: list[dict[str, Any]] = self._call_workers("flying_together", ("transfer", moves, states))
+        return {"bytes": sum(r["bytes"] for r in replies), "seconds": max(r["seconds"] for r in replies)}
+
     def prove(self) -> list[dict[str, Any]]:
         """What the workers of this engine's group say they are; from leaders and engines by themselves."""
-        proofs: list[list[dict[str, Any]]] = self._call_workers("flying_prove")
+        proofs: list[list[dict[str, Any]]] = self._call_workers("flying_together", ("prove",))
         return proofs[0]
 
-    def commit(self, epoch: int, recipients: list[int]) -> dict[str, Any]:
-        """The switch holds: step again, and deal the fresh requests kept aside out to `recipients` in turn."""
-        if self._preparing != epoch:
-            raise SwitchRefused(f"engine {self.engine} was not prepared for epoch {epoch}")
+    def release(self, epoch: int, departed: dict[int, list[str]], forget: dict[int, list[str]]) -> dict[str, Any]:
+        """Let go of requests that have arrived elsewhere, by the width they were in; leaders: in all workers."""
+        self._check_prepared(epoch)
+        gone: list[str] = []
+        for width, ids in departed.items():
+            gone += departures.release(self.facade, int(width), ids)
+        if not self.facade.parked:
+            self._call_workers("flying_together", ("forget", forget))
+        reclaimed = departures.reclaim(self.facade)
+        return {"gone": gone, "reclaimed": reclaimed, "free_pages": self.facade.pools[1].num_free}
+
+    def commit(
+        self,
+        epoch: int,
+        recipients: list[int],
+        gone: list[str] | None = None,
+        returned: dict[int, list[int]] | None = None,
+        extend: int = 0,
+    ) -> dict[str, Any]:
+        """The switch holds: step again, and deal the fresh requests kept aside out to `recipients` in turn.
+
+        `gone`: requests that were aborted on their way; `returned`: pages of former groups that nobody holds any
+        more; `extend`: how many free pages every member of the present group lends it now.
+        """
+        self._check_prepared(epoch)
         self.epoch = epoch
+        for width, pages in (returned or {}).items():
+            self.facade.pools[1].deposit(self.leases.take_back(int(width), pages))
+        lent = self._lend(extend) if extend else None
+        dropped = self.arrivals.commit(gone or [])
+        if dropped:
+            self._call_workers("flying_together", ("forget", {self.facade.active_width: dropped}))
         self._go_on()
         held = self.facade.take_held()
         handover: dict[str, bytes] = {}
@@ -232,15 +322,34 @@ class EngineAgent:
                     self.facade.add_request(request)
             elif share:
                 handover[str(recipient)] = pack_requests(share)
-        return {"handover": handover}
+        return {"handover": handover, "lent": lent, "kv_tokens": self._kv_tokens()}
+
+    def _lend(self, count: int) -> dict[str, list[int]]:
+        width = len(self.group)
+        virtual = self.leases.next_virtual_pages(width, count)
+        self.leases.lend(width, virtual, physical := self.facade.pools[1].withdraw(count))
+        return {"virtual": virtual, "physical": physical}
+
+    def extend(self, epoch: int, virtual: list[int], physical: dict[str, list[int]]) -> dict[str, Any]:
+        """Leaders: use more pages, which every member has lent; `physical` has each member's own."""
+        if self.epoch != epoch or len(self.group) == 1:
+            raise SwitchRefused(f"engine {self.engine} leads no group at epoch {epoch} any more")
+        self._call_workers("flying_together", ("extend", virtual, physical))
+        self.facade.pools[len(self.group)].deposit(virtual)
+        return {"kv_tokens": self._kv_tokens()}
+
+    def _drop_arrivals(self) -> None:
+        dropped = self.arrivals.drop()
+        if dropped:
+            self._call_workers("flying_together", ("forget", {self.facade.active_width: dropped}))
 
     def cancel(self, epoch: int) -> None:
         """The switch is off and this engine has not moved (or has moved back): step again as before."""
         if self._preparing != epoch:
             return
-        if self._drained is not None:
-            self._drained.cancel()
-            self._drained = None
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
         self._go_on()
         if not self.facade.parked:
             self.facade.release_held()

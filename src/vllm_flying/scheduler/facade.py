@@ -7,7 +7,7 @@ switch reach the right one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -75,6 +75,8 @@ class FlyingScheduler(SchedulerInterface):
         self.held: list[Request] = []
         self.scheduled_tokens = 0
         """Tokens computed since start, in all widths."""
+        self.on_abort: Callable[[list[str] | None], None] = lambda request_ids: None
+        """Told of every abort, for requests that are on their way into this engine."""
         self._width_of_step: dict[int, int] = {}
         registry.register(vllm_config, self)
 
@@ -121,10 +123,14 @@ class FlyingScheduler(SchedulerInterface):
         """Add a request to the scheduler of `width`, whose blocks hash another number of tokens than other widths'."""
         hashed_alone = request._block_hasher is not None and request._block_hasher not in self._hashers.values()
         if width > 1 or not hashed_alone:  # the engine core has hashed every request for width 1
-            request._block_hasher = self._hashers[width]
-            request.block_hashes = []
-            request.update_block_hashes()
+            self.rehash(request, width)
         self.schedulers[width].add_request(request)
+
+    def rehash(self, request: Request, width: int) -> None:
+        """Hash a request's blocks as the layout of `width` needs them."""
+        request._block_hasher = self._hashers[width]
+        request.block_hashes = []
+        request.update_block_hashes()
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -135,6 +141,7 @@ class FlyingScheduler(SchedulerInterface):
             # Through a scheduler, so that the front end hears of it as of any other request.
             self.held.remove(request)
             self.admit(request, self.active_width)
+        self.on_abort(ids)
         finished: list[Request] = []
         for scheduler in self.schedulers.values():
             finished += scheduler.finish_requests(ids, finished_status)
@@ -181,6 +188,11 @@ class FlyingScheduler(SchedulerInterface):
         self._width_of_step[id(output)] = self.active_width
         self.scheduled_tokens += output.total_num_scheduled_tokens
         return output
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Steps handed out whose results aren't in: more than none only with asynchronous scheduling."""
+        return len(self._width_of_step)
 
     def _scheduler_of(self, scheduler_output: Any) -> Scheduler:
         return self.schedulers[self._width_of_step.get(id(scheduler_output), self.active_width)]

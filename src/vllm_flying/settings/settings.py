@@ -14,7 +14,7 @@ from vllm_flying.core.topology import LayoutError, available_widths
 
 WEIGHTS = ("auto", "tiles", "views")
 ON_HINT = ("form", "best_effort")
-SWITCH_METHODS = ("auto", "drain", "pause")
+SWITCH_METHODS = ("auto", "drain", "pause", "migrate")
 
 
 class SettingsError(ValueError):
@@ -41,10 +41,14 @@ class Settings:
     it can."""
 
     switch_method: str = "auto"
-    """What happens to running requests at a switch that names no method: `drain`, `pause` or `auto`."""
+    """What happens to running requests at a switch that names no method: `drain` (they finish first), `pause` (they
+    wait until their layout returns), `migrate` (their KV moves into the new layout) or `auto`."""
 
     switch_timeout_s: float = 30.0
     """Seconds after which a switch that names no limit is rolled back."""
+
+    staging_bytes: int = 64 * 2**20
+    """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way."""
 
     startup_timeout_s: float = 300.0
     """Seconds that a worker waits at start for the workers of all engines."""

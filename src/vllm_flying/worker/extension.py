@@ -24,6 +24,7 @@ from vllm_flying.worker.communicators import (
     join_world,
     use_communicators,
 )
+from vllm_flying.worker.group_calls import GroupCalls
 from vllm_flying.worker.kv_views import SharedPool, kernel_blocks_of, raw_pool, wide_kv_cache_config
 from vllm_flying.worker.layout_table import LayoutTable, WorkerLayout, wide_vllm_config
 from vllm_flying.worker.memory import memory_report
@@ -35,18 +36,14 @@ logger = init_logger("vllm.flying.worker")
 WARM_UP_TOKENS = (16, 24, 1)
 
 
-class WorkerExtension:
+class WorkerExtension(GroupCalls):
     """Mixin in front of vLLM's Worker. Methods named `flying_*` are called by the engine process."""
 
-    vllm_config: Any
     parallel_config: Any
     model_config: Any
     model_runner: Any
     local_rank: int
     rank: int
-    device: Any
-    _flying: LayoutTable
-    _flying_place: WorkerPlace
     _flying_pids: list[int]
 
     # ---- start-up -------------------------------------------------------------------------------------------------
@@ -190,12 +187,12 @@ class WorkerExtension:
                 self._flying_leave(payload)
                 returned: list[int] = payload
                 return returned
-            if method == "prove":
-                self._flying_gather_proof()
-            elif method == "execute_model":
+            if method == "execute_model":
                 super().execute_model(layout.pages.translate(payload))  # type: ignore[misc]
-            else:
+            elif method == "sample_tokens":
                 super().sample_tokens(payload)  # type: ignore[misc]
+            else:
+                self._flying_do(method, payload)
 
     def flying_release(self, returned: list[int]) -> None:
         """Leading engine: end the group; every member takes its pages behind `returned` back."""
@@ -203,14 +200,6 @@ class WorkerExtension:
         assert relay is not None
         relay.send("leave", returned)
         self._flying_leave(returned)
-
-    def flying_prove(self) -> list[dict[str, Any]]:
-        """What each worker of this worker's group really is now, gathered over the group's own communicator."""
-        layout = self._flying.active
-        if layout.width > 1:
-            assert layout.relay is not None
-            layout.relay.send("prove")
-        return self._flying_gather_proof()
 
     def flying_memory(self) -> dict[str, Any]:
         """Bytes of weights and KV in this worker, over unique storages."""
@@ -227,16 +216,3 @@ class WorkerExtension:
     def _flying_leave(self, returned: list[int]) -> None:
         self._flying.active.pages.remove(returned)
         self.model_runner = self._flying.activate(1).runner
-
-    def _flying_gather_proof(self) -> list[dict[str, Any]]:
-        """Every member's identity, sent through the very communicator that the layers of this layout use."""
-        group = self._flying.active.tensor_parallel_group
-        place = self._flying_place
-        mine = torch.tensor(
-            [[place.rank, place.engine, group.world_size, group.rank_in_group]], dtype=torch.float32, device=self.device
-        )
-        rows = mine if group.world_size == 1 else group.all_gather(mine, dim=0)
-        return [
-            {"worker": int(w), "engine": int(e), "tp_size": int(size), "tp_rank": int(rank), "group": list(group.ranks)}
-            for w, e, size, rank in rows.tolist()
-        ]

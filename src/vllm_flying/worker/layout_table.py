@@ -15,6 +15,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_flying.loader.loaders import VIEW_FORMAT
 from vllm_flying.worker.communicators import use_communicators
+from vllm_flying.worker.kv_views import kernel_block_size
 from vllm_flying.worker.pages import PageMap
 from vllm_flying.worker.relay import Relay
 
@@ -34,6 +35,12 @@ class WorkerLayout:
     def tensor_parallel_group(self) -> Any:
         """The GroupCoordinator of this layout's tensor-parallel group."""
         return self.communicators["_TP"]
+
+
+    @property
+    def kernel_blocks_per_page(self) -> int:
+        """Kernel blocks of one page; known once the KV cache is initialised."""
+        return int(self.vllm_config.cache_config.block_size) // kernel_block_size(self.runner)
 
 
 class LayoutTable:

@@ -6,6 +6,7 @@ pages virtually (see `core.leases`); each member's runner must see its own physi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 NULL_PAGE = 0
@@ -28,6 +29,10 @@ class PageMap:
 
     def __len__(self) -> int:
         return len(self._physical) - 1
+
+    def physical(self, pages: Sequence[int]) -> list[int]:
+        """This worker's pages behind virtual ones; KeyError as in `translate`."""
+        return self._translate(list(pages))
 
     def _translate(self, pages: list[int]) -> list[int]:
         return [self._physical[page] for page in pages]

@@ -1,0 +1,141 @@
+"""The begun requests of one switch on their way into the new layout: what each phase asks of whom.
+
+Pure: no torch, no vllm. Filled by the transaction with the engines' replies, phase by phase: offers come with the
+move, leaders admit them and name their pages, workers copy the KV, sources let go, and pages that became free so are
+lent to the new groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_flying.core.migration import Offer, place_offers
+from vllm_flying.core.topology import Group, Layout, aligned_group
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to one engine's agent."""
+
+    engine: int
+    operation: str
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Journey:
+    """State of a migration. Without offers no phase of it has a call."""
+
+    epoch: int
+    target: Layout
+    offers: dict[str, Offer] = field(default_factory=dict)
+    room: dict[Group, int] = field(default_factory=dict)
+    moves: list[dict[str, Any]] = field(default_factory=list)
+    arrived: dict[str, int] = field(default_factory=dict)
+    """Request -> leader of the group that admitted it."""
+    gone: set[str] = field(default_factory=set)
+    """Aborted at their source meanwhile."""
+    bytes_moved: int = 0
+    seconds: float = 0.0
+    _free: dict[int, int] = field(default_factory=dict)
+    _returned: dict[int, dict[int, list[int]]] = field(default_factory=dict)
+
+    @property
+    def staying(self) -> int:
+        """Requests that wait, paused, for their layout: nobody had room for them."""
+        return len(self.offers) - len(self.arrived)
+
+    def moved(self, engine: int, reply: dict[str, Any]) -> None:
+        """An engine is in its new group: what it offers, and the room it has if it leads."""
+        for raw in reply.get("offers", ()):
+            source = aligned_group(engine, raw["width"])
+            fields = {key: value for key, value in raw.items() if key not in ("width", "pages")}
+            self.offers[raw["request_id"]] = Offer(source=source, pages=tuple(raw["pages"]), **fields)
+        group = self.target.group_of(engine)
+        if engine == group[0]:
+            self.room[group] = reply["free_tokens"]
+
+    def admissions(self, groups: Sequence[Group]) -> list[Call]:
+        """Offers to the leaders that have room for them."""
+        placed, _ = place_offers(list(self.offers.values()), {group: self.room.get(group, 0) for group in groups})
+        return [
+            Call(group[0], "admit", {"epoch": self.epoch, "packed": [offer.packed for offer in offers]})
+            for group, offers in placed.items()
+            if offers
+        ]
+
+    def admitted(self, leader: int, reply: dict[str, Any]) -> None:
+        """A leader has pages for these requests."""
+        for request_id, admission in reply["admitted"].items():
+            offer = self.offers[request_id]
+            self.arrived[request_id] = leader
+            if admission["last_block"] > admission["first_block"]:
+                move = {"source": list(offer.source), "source_pages": list(offer.pages)}
+                self.moves.append({**move, "target": list(self.target.group_of(leader)), **admission})
+
+    def transfers(self, groups: Sequence[Group]) -> list[Call]:
+        """Copy the KV: every group's workers, at once, since they meet in collectives."""
+        if not self.arrived:
+            return []
+        calls = []
+        for group in groups:
+            states = {i: self.offers[i].state for i, leader in self.arrived.items() if leader == group[0]}
+            known = {i: state for i, state in states.items() if state is not None}
+            calls.append(Call(group[0], "transfer", {"epoch": self.epoch, "moves": self.moves, "states": known}))
+        return calls
+
+    def transferred(self, reply: dict[str, Any]) -> None:
+        """A group's workers are done."""
+        self.bytes_moved += reply["bytes"]
+        self.seconds = max(self.seconds, reply["seconds"])
+
+    def releases(self, engines: Sequence[int]) -> list[Call]:
+        """Sources let go of what arrived elsewhere; all workers forget it."""
+        if not self.arrived:
+            return []
+        forget: dict[int, list[str]] = {}
+        own: dict[int, dict[int, list[str]]] = {}
+        for request_id in self.arrived:
+            source = self.offers[request_id].source
+            forget.setdefault(len(source), []).append(request_id)
+            own.setdefault(source[0], {}).setdefault(len(source), []).append(request_id)
+        return [
+            Call(e, "release", {"epoch": self.epoch, "departed": own.get(e, {}), "forget": forget}) for e in engines
+        ]
+
+    def released(self, engine: int, reply: dict[str, Any]) -> None:
+        """A source's requests and pages are free; pages of a former group go back to all its members."""
+        self.gone.update(reply["gone"])
+        self._free[engine] = reply["free_pages"]
+        for width, pages in reply["reclaimed"].items():
+            for member in aligned_group(engine, int(width)):
+                self._returned.setdefault(member, {}).setdefault(int(width), []).extend(pages)
+
+    def outcome(self, engine: int) -> dict[str, Any]:
+        """What the commit tells an engine about the migration."""
+        group = self.target.group_of(engine)
+        returned = self._returned.get(engine, {})
+        return {"gone": sorted(self.gone), "returned": returned, "extend": self._extension(group)}
+
+    def _extension(self, group: Group) -> int:
+        if len(group) == 1 or not all(member in self._free for member in group):
+            return 0
+        returned = {m: sum(len(pages) for pages in self._returned.get(m, {}).values()) for m in group}
+        return min(self._free[member] + returned[member] for member in group)
+
+    def extensions(self, committed: dict[int, dict[str, Any]]) -> list[Call]:
+        """Tell the leaders of merged groups what every member lent at the commit."""
+        calls = []
+        for group in self.target.groups:
+            if group[0] in committed and self._extension(group) > 0:
+                lent = {str(member): committed[member]["lent"]["physical"] for member in group}
+                virtual = committed[group[0]]["lent"]["virtual"]
+                calls.append(Call(group[0], "extend", {"epoch": self.epoch, "virtual": virtual, "physical": lent}))
+        return calls
+
+    def report(self) -> dict[str, Any]:
+        """For the switch record."""
+        rate = self.bytes_moved / self.seconds if self.seconds else 0.0
+        return {"bytes": self.bytes_moved, "seconds": round(self.seconds, 6), "bytes_per_s": round(rate)}

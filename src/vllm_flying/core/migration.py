@@ -1,0 +1,133 @@
+"""Live migration: where begun requests go, and which bytes of whose pages make up their KV there.
+
+Pure: no torch, no vllm; numpy for the index arithmetic. In a group of width `w` a page is `w * k` kernel blocks of
+`kv_heads / w` heads, `k` being the kernel blocks of a page of one engine by itself. Between two widths the smallest
+run of bytes that moves as a whole is one kernel block of the wider one: a *unit*. Every page, in every layout, is
+`k * wider` units, so moving KV is copying units, whatever the two widths are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_flying.core.topology import Group
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A begun request that its engine doesn't run in the new layout. `tokens` are those with KV in `pages`."""
+
+    request_id: str
+    source: Group
+    tokens: int
+    pages: tuple[int, ...] = ()
+    packed: bytes = b""
+    state: bytes | None = None
+    priority: int = 0
+    arrival_time: float = 0.0
+
+
+@dataclass(frozen=True)
+class KVMove:
+    """Kernel blocks `first_block` .. `last_block` - 1 of one request, from a group's pages to another group's.
+
+    Pages are virtual: each member of the group has physical pages of its own behind them.
+    """
+
+    source: Group
+    source_pages: tuple[int, ...]
+    target: Group
+    target_pages: tuple[int, ...]
+    first_block: int
+    last_block: int
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> KVMove:
+        """From plain values, as they travel between processes."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
+
+    @property
+    def span(self) -> Group:
+        """The wider of both groups, which contains the other."""
+        return max(self.source, self.target, key=len)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units on their way between two engines, in one order on both sides: page and place in the page, at each end."""
+
+    source_pages: np.ndarray
+    source_places: np.ndarray
+    target_pages: np.ndarray
+    target_places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source_pages)
+
+
+def place_offers(
+    offers: Sequence[Offer], room: Mapping[Group, int]
+) -> tuple[dict[Group, list[Offer]], list[Offer]]:
+    """Which target group takes each offer, and the offers that none can.
+
+    `room` is the free KV tokens of each target group. A request goes to a group that shares an engine with its
+    source, the emptiest by engine; urgent and early requests choose first.
+    """
+    left = dict(room)
+    placed: dict[Group, list[Offer]] = {group: [] for group in room}
+    unplaced = []
+    for offer in sorted(offers, key=lambda offer: (offer.priority, offer.arrival_time, offer.request_id)):
+        fitting = [group for group in left if set(group) & set(offer.source) and left[group] > offer.tokens]
+        if not fitting:
+            unplaced.append(offer)
+            continue
+        best = max(fitting, key=lambda group: (left[group] / len(group), -group[0]))
+        left[best] -= offer.tokens
+        placed[best].append(offer)
+    return placed, unplaced
+
+
+def units_per_page(span: Group, kernel_blocks: int) -> int:
+    """Units that every page has when KV moves inside `span`. `kernel_blocks` is those of a page at width 1."""
+    return kernel_blocks * len(span)
+
+
+def num_units(move: KVMove, source_engine: int, target_engine: int) -> int:
+    """How many units of `move` go from one engine to another."""
+    return (move.last_block - move.first_block) * len(_shared_heads(move, source_engine, target_engine))
+
+
+def units_of(move: KVMove, kernel_blocks: int, source_engine: int, target_engine: int) -> Units:
+    """The units of `move` that go from one engine to another, ordered by kernel block, then by head range."""
+    heads = np.asarray(_shared_heads(move, source_engine, target_engine), dtype=np.int64)
+    blocks = np.arange(move.first_block, move.last_block, dtype=np.int64)
+    block, head = (grid.reshape(-1) for grid in np.meshgrid(blocks, heads, indexing="ij"))
+    wider = len(move.span)
+    ends = []
+    for group, pages in ((move.source, move.source_pages), (move.target, move.target_pages)):
+        blocks_per_page = kernel_blocks * len(group)
+        heads_per_block = wider // len(group)
+        numbers = np.asarray(pages, dtype=np.int64)
+        ends.append(numbers[block // blocks_per_page] if len(block) else block)
+        ends.append((block % blocks_per_page) * heads_per_block + head % heads_per_block)
+    return Units(*ends)
+
+
+def _shared_heads(move: KVMove, source_engine: int, target_engine: int) -> range:
+    """Head ranges, each one of `len(span)` equal parts, that the source has and the target wants."""
+    wider = len(move.span)
+
+    def held(group: Group, engine: int) -> range:
+        if engine not in group:
+            return range(0)
+        each = wider // len(group)
+        first = group.index(engine) * each
+        return range(first, first + each)
+
+    source, target = held(move.source, source_engine), held(move.target, target_engine)
+    return range(max(source.start, target.start), min(source.stop, target.stop))

@@ -1,0 +1,48 @@
+"""The record of a switch, as the HTTP API gives it.
+
+Pure: no torch, no vllm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_flying.core.transaction import SwitchTransaction
+
+PHASES = ("prepare", "move", "admit", "transfer", "prove", "release", "commit", "extend")
+
+
+def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
+    """What one transaction did. `seconds` has the time of each phase and the `total`."""
+    journey = transaction.journey
+    moved = len(journey.arrived) if transaction.phase.value == "committed" else 0
+    begun = sum(reply["begun"] for reply in transaction.prepared.values())
+    paused = journey.staying if transaction.migrates else begun
+    return {
+        "epoch": transaction.epoch,
+        "from": transaction.source.to_lists(),
+        "to": transaction.target.to_lists(),
+        "reason": reason,
+        "method": transaction.method,
+        "outcome": transaction.phase.value.replace(" ", "_"),
+        "error": transaction.failure,
+        "requests": {"paused": paused, "moved": moved},
+        "kv": journey.report(),
+        "waves": 1,
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        "proof": transaction.proof,
+    }
+
+
+def add_wave(record: dict[str, Any], wave: dict[str, Any]) -> dict[str, Any]:
+    """The record of a migration in several waves: counts, bytes and times add up, the rest is the first wave's."""
+    requests, kv = wave["requests"], record["kv"]
+    total_bytes, seconds = kv["bytes"] + wave["kv"]["bytes"], kv["seconds"] + wave["kv"]["seconds"]
+    return {
+        **record,
+        "epoch": wave["epoch"],
+        "requests": {**requests, "moved": record["requests"]["moved"] + requests["moved"]},
+        "kv": {"bytes": total_bytes, "seconds": seconds, "bytes_per_s": round(total_bytes / seconds) if seconds else 0},
+        "waves": record["waves"] + 1,
+        "seconds": {name: round(value + wave["seconds"][name], 6) for name, value in record["seconds"].items()},
+    }

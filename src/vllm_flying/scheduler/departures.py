@@ -1,0 +1,91 @@
+"""The source side of a migration: what an engine offers of its paused requests, and letting go of what has arrived.
+
+May import vllm. Until a request is released here nothing about it has changed, so a switch can be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_flying.scheduler.facade import FlyingScheduler
+from vllm_flying.scheduler.handover import pack_begun
+
+
+def paused_widths(facade: FlyingScheduler) -> list[int]:
+    """Widths in which this engine keeps unfinished requests, the active one included."""
+    return [width for width, scheduler in facade.schedulers.items() if scheduler.requests]
+
+
+def movable_requests(facade: FlyingScheduler, active_width: int | None) -> dict[int, list[Request]]:
+    """Begun requests by width, but for those of `active_width`, that another layout can go on with."""
+    movable: dict[int, list[Request]] = {}
+    for width, scheduler in facade.schedulers.items():
+        requests = [request for request in scheduler.requests.values() if _can_move(request, scheduler)]
+        if requests and width != active_width:
+            movable[width] = requests
+    return movable
+
+
+def _can_move(request: Request, scheduler: Any) -> bool:
+    if request.is_finished() or request.streaming_queue is not None:
+        return False
+    if not (request.num_computed_tokens or request.num_output_tokens or request.num_preemptions):
+        return False  # fresh: it is handed over, not moved
+    if request.status not in (RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.WAITING):
+        return False
+    structured = request.structured_output_request
+    if structured is not None and structured.reasoning_ended is not None:
+        return False  # the reasoning parser's own state can't be rebuilt
+    params = request.sampling_params
+    in_prompt = request.num_computed_tokens < request.num_prompt_tokens
+    # Runner V2 collects prompt logprobs in a buffer of its own.
+    return not (scheduler.use_v2_model_runner and params.prompt_logprobs is not None and in_prompt)
+
+
+def make_offer(facade: FlyingScheduler, width: int, request: Request, state: bytes | None) -> dict[str, Any]:
+    """One request as plain values: see `core.migration.Offer`."""
+    manager = facade.schedulers[width].kv_cache_manager
+    (pages,) = manager.get_block_ids(request.request_id) if request.num_computed_tokens else ([],)
+    return {
+        "request_id": request.request_id,
+        "width": width,
+        "tokens": request.num_computed_tokens,
+        "pages": list(pages),
+        "packed": pack_begun(request),
+        "state": state,
+        "priority": request.priority,
+        "arrival_time": request.arrival_time,
+    }
+
+
+def release(facade: FlyingScheduler, width: int, request_ids: Iterable[str]) -> list[str]:
+    """Let go of requests that have arrived elsewhere; returns those that were gone already."""
+    scheduler = facade.schedulers[width]
+    gone = []
+    for request_id in request_ids:
+        request = scheduler.requests.pop(request_id, None)
+        if request is None:
+            gone.append(request_id)
+            continue
+        if request in scheduler.running:
+            scheduler.running.remove(request)
+        scheduler.waiting.remove_requests([request])
+        scheduler.kv_holding_waiting.remove_requests([request])
+        scheduler.deferred_waiting.discard(request)
+        scheduler._inflight_prefills.discard(request)
+        scheduler.prev_step_scheduled_req_ids.discard(request_id)
+        scheduler.kv_cache_manager.free(request)
+    return gone
+
+
+def reclaim(facade: FlyingScheduler) -> dict[int, list[int]]:
+    """Virtual pages of groups this engine led once that nobody holds any more: to go back to all members."""
+    reclaimed = {}
+    for width, pool in facade.pools.items():
+        inactive = facade.parked or width != facade.active_width
+        if width > 1 and inactive and pool.num_free:
+            reclaimed[width] = pool.withdraw(pool.num_free)
+    return reclaimed

@@ -1,0 +1,98 @@
+"""Calls that all workers of a group must run together, whichever engine they belong to: proof and migration.
+
+May import torch. The leading engine's executor calls `flying_together` on its own workers; these relay the call to the
+workers of the group's other engines. Everything here happens between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vllm_flying.core.migration import KVMove
+from vllm_flying.settings import settings_from_vllm_config
+from vllm_flying.worker.communicators import WorkerPlace
+from vllm_flying.worker.kv_views import kernel_block_size
+from vllm_flying.worker.layout_table import LayoutTable
+from vllm_flying.worker.request_state import export_states, forget_states, install_states
+from vllm_flying.worker.transfer import TransferPlace, layer_pages, move_kv
+
+PREFIX = "_flying_do_"
+
+
+class GroupCalls:
+    """Part of the worker extension."""
+
+    vllm_config: Any
+    device: Any
+    _flying: LayoutTable
+    _flying_place: WorkerPlace
+
+    def flying_together(self, operation: str, *arguments: Any) -> Any:
+        """Leading engine: run an operation on every worker of this worker's group."""
+        layout = self._flying.active
+        if layout.width > 1:
+            assert layout.relay is not None
+            layout.relay.send(operation, arguments)
+        return self._flying_do(operation, arguments)
+
+    def flying_kernel_block_tokens(self) -> int:
+        """Tokens per kernel block, the same in all layouts."""
+        return kernel_block_size(self._flying[1].runner)
+
+    def flying_export(self, request_ids: dict[int, list[str]]) -> dict[str, bytes]:
+        """What the runners of former layouts (by width) know of begun requests."""
+        states: dict[str, bytes] = {}
+        for width, ids in request_ids.items():
+            states |= export_states(self._flying[width].runner, ids)
+        return states
+
+    def _flying_do(self, operation: str, arguments: Sequence[Any]) -> Any:
+        return getattr(self, PREFIX + operation)(*arguments)
+
+    def _flying_do_prove(self) -> list[dict[str, Any]]:
+        """Every member's identity, sent through the very communicator that the layers of this layout use."""
+        group = self._flying.active.tensor_parallel_group
+        place = self._flying_place
+        mine = torch.tensor(
+            [[place.rank, place.engine, group.world_size, group.rank_in_group]], dtype=torch.float32, device=self.device
+        )
+        rows = mine if group.world_size == 1 else group.all_gather(mine, dim=0)
+        return [
+            {"worker": int(w), "engine": int(e), "tp_size": int(size), "tp_rank": int(rank), "group": list(group.ranks)}
+            for w, e, size, rank in rows.tolist()
+        ]
+
+    def _flying_do_transfer(self, moves: list[dict[str, Any]], states: Mapping[str, bytes]) -> dict[str, Any]:
+        """Copy KV into the present layout and have its runner know the requests."""
+        install_states(self._flying.active.runner, states)
+        kv_moves = [KVMove.from_dict(move) for move in moves]
+        alone = self._flying[1]
+        return move_kv(
+            kv_moves,
+            TransferPlace(
+                engine=self._flying_place.engine,
+                local_rank=self._flying_place.local_rank,
+                engine_tp=self._flying_place.engine_tp,
+                kernel_blocks=alone.kernel_blocks_per_page,
+                physical=self._flying_physical,
+            ),
+            layer_pages(alone.runner, alone.kernel_blocks_per_page),
+            lambda width: self._flying[width].tensor_parallel_group.device_group,
+            settings_from_vllm_config(self.vllm_config).staging_bytes,
+        )
+
+    def _flying_physical(self, width: int, pages: Sequence[int]) -> Sequence[int]:
+        return pages if width == 1 else self._flying[width].pages.physical(pages)
+
+    def _flying_do_forget(self, request_ids: dict[int, list[str]]) -> None:
+        """Drop requests from the runners of the layouts they left, by width."""
+        for width, ids in request_ids.items():
+            forget_states(self._flying[int(width)].runner, ids)
+
+    def _flying_do_extend(self, virtual: list[int], physical: dict[str, list[int]]) -> None:
+        """Learn more pages of the present group."""
+        own = physical[str(self._flying_place.engine)]
+        self._flying.active.pages.add(dict(zip(virtual, own, strict=True)))
