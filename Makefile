@@ -39,8 +39,9 @@ lint: env
 unit: lint
 	$(BIN)/python -m pytest -m "not engine"
 
+# Two workers: servers spend half of their start on imports, which use one core.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: env
 	$(BIN)/python -m bench.switch

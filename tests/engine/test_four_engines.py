@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import Load, random_prompts
-from tests.support.reference import reference
+from tests.support.reference import Reference
 from tests.support.server import Server
 
 pytestmark = pytest.mark.engine
@@ -39,17 +39,22 @@ def model(checkpoints: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def static(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Reference]:
     """Stock vLLM in each static layout."""
     scratch = tmp_path_factory.mktemp("reference")
     return {
-        degree: reference(model, scratch, degree, requests=REQUESTS if degree == 1 else [], nll_prompts=NLL_PROMPTS)
+        degree: Reference(model, scratch, degree, requests=REQUESTS if degree == 1 else [], nll_prompts=NLL_PROMPTS)
         for degree in (1, 2, 4)
     }
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def stock(static: dict[int, Reference]) -> dict[int, dict[str, Any]]:
+    return {degree: run.result() for degree, run in static.items()}
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, static: dict[int, Reference], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(model, log, "--max-model-len", "2048", "--api-server-count", "2", engines=4) as running:
         yield running
@@ -59,7 +64,7 @@ def test_random_switches_under_load(server: Server, stock: dict[int, dict[str, A
     source = random.Random(3)
     with Load(server, REQUESTS, stock[1]["tokens"], clients=6) as load:
         for _ in range(SWITCHES):
-            method = source.choice(["pause", "pause", "drain", "auto"])
+            method = source.choice(["pause", "migrate", "migrate", "drain", "auto"])
             record = server.switch(source.choice(LAYOUTS), method=method, timeout_s=120)
             assert record["outcome"] == "committed"
             time.sleep(source.uniform(0.0, 0.4))

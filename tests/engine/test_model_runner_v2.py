@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import Load, random_prompts
-from tests.support.reference import reference
+from tests.support.reference import Reference
 from tests.support.server import Server
 from tests.support.transformers_reference import transformers_nll
 
@@ -21,14 +21,16 @@ DP, TP = [[0], [1]], [[0, 1]]
 
 def test_switches_over_model_runner_v2(checkpoints: Path, tmp_path: Path) -> None:
     model = make_checkpoint("llama", checkpoints)
-    expected = reference(model, tmp_path, requests=REQUESTS)["tokens"]
+    stock = Reference(model, tmp_path, requests=REQUESTS)
     arguments = ("--max-model-len", "256", "--max-num-batched-tokens", "256", "--api-server-count", "1")
     with Server(model, tmp_path / "log", *arguments, model_runner_v2=True, kv_bytes=2 << 20) as server:
         assert "Using V2 Model Runner" in server.log.read_text()
-        with Load(server, REQUESTS, expected, clients=2) as load:
-            for _ in range(3):
-                server.switch(TP, method="pause", timeout_s=120)
-                server.switch(DP, method="pause", timeout_s=120)
+        moved = 0
+        with Load(server, REQUESTS, stock.result()["tokens"], clients=2) as load:
+            for method in ("pause", "migrate", "migrate"):
+                server.switch(TP, method=method, timeout_s=120)
+                moved += server.switch(DP, method=method, timeout_s=120)["requests"]["moved"]
+            assert moved > 0
             load.finish_sending()
             while not load.is_done:
                 server.switch(TP, method="drain", timeout_s=120)

@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.background import Background, wait_for
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
-from tests.support.reference import reference
+from tests.support.reference import Reference
 from tests.support.server import Server
 
 pytestmark = pytest.mark.engine
@@ -45,14 +46,18 @@ def model(checkpoints: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    result = reference(model, tmp_path_factory.mktemp("reference"), requests=REQUESTS)
-    tokens: list[list[int]] = result["tokens"]
+def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(model, tmp_path_factory.mktemp("reference"), requests=REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def expected(stock: Reference) -> list[list[int]]:
+    tokens: list[list[int]] = stock.result()["tokens"]
     return tokens
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(model: Path, stock: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ("--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1")
     with Server(model, log, *arguments, kv_bytes=KV_BYTES, api_key=API_KEY) as running:
@@ -73,32 +78,6 @@ def nothing_left(server: Server) -> Iterator[None]:
     assert [engine["pages"] for engine in engines] == [
         {"1": {"owned": 31, "used": 0}, "2": {"owned": 0, "used": 0}}
     ] * 2
-
-
-class Background:
-    """A completion in a thread."""
-
-    def __init__(self, server: Server, prompt: list[int], max_tokens: int, **options: Any) -> None:
-        self.response: httpx.Response | None = None
-        self._thread = threading.Thread(target=self._run, args=(server, prompt, max_tokens, options))
-        self._thread.start()
-
-    def _run(self, server: Server, prompt: list[int], max_tokens: int, options: dict[str, Any]) -> None:
-        self.response = server.complete(prompt, max_tokens, **options)
-
-    def tokens(self) -> list[int]:
-        self._thread.join()
-        assert self.response is not None and self.response.status_code == 200, self.response and self.response.text
-        ids: list[int] = self.response.json()["choices"][0]["token_ids"]
-        return ids
-
-
-def wait_for(server: Server, what: str, count: int) -> None:
-    """Until the groups together report `count` requests `what` (running, waiting, paused)."""
-    deadline = time.monotonic() + 30
-    while sum(group[what] for group in server.status()["groups"]) != count:
-        assert time.monotonic() < deadline, server.status()
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,22 +118,22 @@ def test_text_features(server: Server, layout: str) -> None:
 
 def test_paused_requests_resume_without_recomputing(server: Server, expected: list[list[int]]) -> None:
     before = server.scheduled_tokens()
-    # Long enough to be seen running together; all three fit one engine's pages.
-    requests = [(PROMPTS[index], 250 + index) for index in range(3)]
+    # All three fit one engine's pages.
+    requests = [(PROMPTS[index], 220 + index) for index in range(3)]
     paused = [Background(server, prompt, tokens) for prompt, tokens in requests]
-    wait_for(server, "running", 3)
+    for request in paused:
+        request.wait_for_tokens()
     record = server.switch(TP, method="pause")
-    assert record["requests"]["paused"] == 3
+    assert record["requests"]["paused"] == 3, [request.tokens() for request in paused]
     wait_for(server, "paused", 3)
     assert server.tokens(PROMPTS[0], 40) == expected[0][:40]
-    server.switch(DP)
+    server.switch(DP, method="pause")
     for request, (prompt, _) in zip(paused, requests, strict=True):
-        index = PROMPTS.index(prompt)
-        assert request.tokens()[:40] == expected[index][:40]
+        assert request.tokens()[:40] == expected[PROMPTS.index(prompt)][:40]
     computed = server.scheduled_tokens() - before
+    # Prompts that were cached before cost less.
     needed = sum(len(prompt) + tokens - 1 for prompt, tokens in [*requests, (PROMPTS[0], 40)])
-    cached = 0  # prompts of this test that were cached before cost less
-    assert computed + cached <= needed, "tokens were computed twice"
+    assert computed <= needed, "tokens were computed twice"
 
 
 def test_an_aborted_paused_request_frees_its_pages(server: Server) -> None:
@@ -203,7 +182,7 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
 
 def test_one_switch_at_a_time_and_a_time_limit(server: Server) -> None:
     request = Background(server, PROMPTS[1], 800)
-    wait_for(server, "running", 1)
+    request.wait_for_tokens()
     answers: list[httpx.Response] = []
     draining = threading.Thread(target=lambda: answers.append(server.try_switch(TP, method="drain", timeout_s=1.0)))
     draining.start()

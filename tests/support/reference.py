@@ -9,26 +9,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
+LIMIT_S = 500.0
 
-def reference(model: Path, scratch: Path, tensor_parallel_size: int = 1, **spec: Any) -> dict[str, Any]:
-    """Run stock vLLM over `spec`: `requests`, a list of (prompt token ids, sampling options), and `nll_prompts`.
 
-    Returns `tokens` and `nll`, lists in the same order.
+class Reference:
+    """A run of stock vLLM over `spec`: `requests`, a list of (prompt token ids, sampling options), and `nll_prompts`.
+
+    Begins at once, beside whatever the test does next.
     """
-    question = scratch / f"reference-tp{tensor_parallel_size}.json"
-    question.write_text(json.dumps(spec))
-    answer = question.with_suffix(".answer.json")
-    environment = {
-        **os.environ,
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(tensor_parallel_size)),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    command = [sys.executable, "-m", "tests.support.reference", str(model), str(tensor_parallel_size), str(question)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"the stock reference failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    result: dict[str, Any] = json.loads(answer.read_text())
-    return result
+
+    def __init__(self, model: Path, scratch: Path, tensor_parallel_size: int = 1, **spec: Any) -> None:
+        question = scratch / f"reference-tp{tensor_parallel_size}.json"
+        question.write_text(json.dumps(spec))
+        self._answer = question.with_suffix(".answer.json")
+        self._log = question.with_suffix(".log")
+        environment = {
+            **os.environ,
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(tensor_parallel_size)),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        command = [sys.executable, "-m", "tests.support.reference", str(model), str(tensor_parallel_size), str(question)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def result(self) -> dict[str, Any]:
+        """`tokens` and `nll`, lists in the order of the spec."""
+        code = self._process.wait(timeout=LIMIT_S)
+        assert code == 0, f"the stock reference failed:\n{self._log.read_text()[-6000:]}"
+        result: dict[str, Any] = json.loads(self._answer.read_text())
+        return result
 
 
 def main() -> None:

@@ -26,7 +26,9 @@ def export_states(runner: Any, request_ids: Iterable[str]) -> dict[str, bytes]:
         if state is not None:
             travelling = copy.copy(state)
             travelling.block_ids = tuple([] for _ in state.block_ids)
-            states[request_id] = pickle.dumps(travelling, protocol=pickle.HIGHEST_PROTOCOL)
+            # Only while the prompt is being computed: the entry asks for prompt logprobs with the next step.
+            prompt_logprobs = runner.num_prompt_logprobs.get(request_id)
+            states[request_id] = pickle.dumps((travelling, prompt_logprobs), protocol=pickle.HIGHEST_PROTOCOL)
     return states
 
 
@@ -35,11 +37,9 @@ def install_states(runner: Any, states: Mapping[str, bytes]) -> None:
     if not _is_v1(runner):
         return
     for request_id, packed in states.items():
-        state = pickle.loads(packed)
-        runner.requests[request_id] = state
-        wanted = state.sampling_params.prompt_logprobs if state.sampling_params is not None else None
-        if wanted is not None:
-            runner.num_prompt_logprobs[request_id] = runner.input_batch.vocab_size if wanted == -1 else wanted
+        runner.requests[request_id], prompt_logprobs = pickle.loads(packed)
+        if prompt_logprobs is not None:
+            runner.num_prompt_logprobs[request_id] = prompt_logprobs
 
 
 def forget_states(runner: Any, request_ids: Iterable[str]) -> None:

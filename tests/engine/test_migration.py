@@ -1,0 +1,195 @@
+"""Begun requests move with their layout: nothing computed twice, no feature disturbed, no page left behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.background import Background, wait_for
+from tests.support.checkpoints import make_checkpoint
+from tests.support.load import random_prompts
+from tests.support.server import Server
+
+pytestmark = pytest.mark.engine
+
+DP, TP = [[0], [1]], [[0, 1]]
+PAGES = 127  # of 32 tokens, in 8 MiB of the two-layer model
+SWITCHES = 100
+PROMPTS = random_prompts(61, (24, 70, 130, 200))
+GREEDY = {"temperature": 0, "ignore_eos": True}
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {"prompt": PROMPTS[0], "max_tokens": 90},
+    "penalties": {"prompt": PROMPTS[1], "max_tokens": 80, "repetition_penalty": 1.3, "presence_penalty": 0.7,
+                  "frequency_penalty": 0.3},
+    "seeded": {"prompt": PROMPTS[2], "max_tokens": 80, "temperature": 0.8, "top_p": 0.9, "seed": 11},
+    "bias": {"prompt": PROMPTS[0], "max_tokens": 60, "logit_bias": {"17": 4.0, "99": -100}},
+    "limits": {"prompt": PROMPTS[3], "min_tokens": 40, "max_tokens": 90, "ignore_eos": False},
+    "logprobs": {"prompt": PROMPTS[1], "max_tokens": 50, "logprobs": 2},
+    "prompt logprobs": {"prompt": PROMPTS[3], "max_tokens": 40, "prompt_logprobs": 1},
+    "several": {"prompt": PROMPTS[0], "max_tokens": 50, "n": 2, "temperature": 0.9, "seed": 5},
+    "bad words": {"prompt": "hello", "max_tokens": 60, "bad_words": ["a", "e"]},
+    "grammar": {"prompt": "hello", "max_tokens": 60, "ignore_eos": False,
+                "structured_outputs": {"regex": "(ab|cd){12}[0-9]{20}"}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = make_checkpoint("llama", checkpoints)
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ("--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1")
+    with Server(model, log, *arguments, kv_bytes=8 << 20) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(server: Server) -> Iterator[None]:
+    """Every test ends with all pages free on every engine, in every layout's pool."""
+    yield
+    server.switch(DP, method="migrate")
+    deadline = time.monotonic() + 20
+    wanted = [{"1": {"owned": PAGES, "used": 0}, "2": {"owned": 0, "used": 0}}] * 2
+    while (pages := [engine["pages"] for engine in server.status()["engines"]]) != wanted:
+        assert time.monotonic() < deadline, pages
+        time.sleep(0.1)
+
+
+def answer(server: Server, case: dict[str, Any]) -> Any:
+    """What a client sees of a request, log-probabilities rounded to what fp32 gives in any layout."""
+    response = server.complete(**{**GREEDY, **case})
+    assert response.status_code == 200, response.text
+    body = response.json()
+    return [
+        {
+            "token_ids": choice["token_ids"],
+            "text": choice["text"],
+            "finish_reason": choice["finish_reason"],
+            "logprobs": choice["logprobs"] and [round(x, 3) for x in choice["logprobs"]["token_logprobs"]],
+            "prompt_logprobs": len(choice["prompt_logprobs"] or ()),
+            "usage": body["usage"]["completion_tokens"],
+        }
+        for choice in body["choices"]
+    ]
+
+
+def close(a: Any, b: Any) -> bool:
+    """Equality, but for the last digit of log-probabilities."""
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 0.002
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def test_every_feature_survives_random_switches_and_aborts(server: Server) -> None:
+    expected = {name: answer(server, case) for name, case in CASES.items()}
+    stop, problems, finished = threading.Event(), [], []
+
+    def client(seed: int) -> None:
+        source = random.Random(seed)
+        while not stop.is_set():
+            name = source.choice(list(CASES))
+            got = answer(server, CASES[name])
+            finished.append(name)
+            if not close(got, expected[name]):
+                problems.append((name, got, expected[name]))
+
+    def leaver() -> None:
+        source = random.Random(9)
+        while not stop.is_set():
+            stream = Background(server, source.choice(PROMPTS), 400)
+            stream.wait_for_tokens()
+            time.sleep(source.uniform(0.0, 0.3))
+            stream.abort()
+            stream.join()
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(4)] + [threading.Thread(target=leaver)]
+    for thread in threads:
+        thread.start()
+    source, moved = random.Random(4), 0
+    try:
+        for index in range(SWITCHES):
+            method = source.choice(["migrate", "migrate", "migrate", "auto", "pause"])
+            record = server.switch((TP, DP)[index % 2], method=method)
+            moved += record["requests"]["moved"]
+            time.sleep(source.uniform(0.0, 0.15))
+        server.switch(TP, method="migrate")  # what is still paused comes along
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not problems, problems[:2]
+    assert moved >= SWITCHES
+    assert set(finished) == set(CASES)
+
+
+def test_no_token_is_computed_twice(server: Server) -> None:
+    prompts = random_prompts(77, [40 + 7 * index for index in range(16)])
+    before = server.scheduled_tokens()
+    streams = [Background(server, prompt, 150) for prompt in prompts]
+    for index in range(20):
+        server.switch((TP, DP)[index % 2], method="migrate")
+        time.sleep(0.05)
+    tokens = [stream.tokens() for stream in streams]
+    assert server.scheduled_tokens() - before == sum(len(prompt) + 150 - 1 for prompt in prompts)
+    server.switch(DP)
+    assert tokens == [server.tokens(prompt, 150) for prompt in prompts]
+
+
+def test_full_engines_migrate_in_waves(server: Server) -> None:
+    prompts = random_prompts(78, [1000] * 6)
+    before = server.scheduled_tokens()
+    streams = [Background(server, prompt, 300) for prompt in prompts]
+    for stream in streams:
+        stream.wait_for_tokens()
+    record = server.switch(TP, method="migrate")
+    # Some may have finished; those that are left fill most of both pools.
+    assert record["requests"]["moved"] >= 4 and record["requests"]["paused"] == 0, str(record)
+    assert record["waves"] > 1, str(record)
+    back = server.switch(DP, method="migrate")
+    tokens = [stream.tokens() for stream in streams]
+    assert back["requests"]["paused"] == 0
+    assert server.scheduled_tokens() - before == sum(len(prompt) + 300 - 1 for prompt in prompts)
+    assert tokens == [server.tokens(prompt, 300) for prompt in prompts]
+
+
+def test_paused_requests_are_fetched_into_the_present_layout(server: Server) -> None:
+    stream = Background(server, PROMPTS[1], 300)
+    stream.wait_for_tokens()
+    server.switch(TP, method="pause")
+    wait_for(server, "paused", 1)
+    record = server.switch(TP, method="migrate")
+    assert record["requests"] == {"paused": 0, "moved": 1}
+    assert len(stream.tokens()) == 300
+    assert server.status()["groups"][0]["engines"] == [0, 1]
+
+
+def test_a_shared_prefix_is_copied_once(server: Server) -> None:
+    (prefix,) = random_prompts(79, (640,))
+    sizes = []
+    for count in (1, 3):
+        # The same engine, so that the pages are shared there too.
+        headers = {"X-data-parallel-rank": "0"}
+        streams = [
+            Background(server, [*prefix, 5 + count, 6 + index], 800, extra_headers=headers) for index in range(count)
+        ]
+        for stream in streams:
+            stream.wait_for_tokens()
+        record = server.switch(TP, method="migrate")
+        assert record["requests"]["moved"] == count, str(record)
+        sizes.append(record["kv"]["bytes"])
+        for stream in streams:
+            stream.abort()
+            stream.join()
+        server.client.post("/reset_prefix_cache")
+        server.switch(DP, method="migrate")
+    alone, three = sizes
+    assert 0 < three < 2 * alone, sizes
