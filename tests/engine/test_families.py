@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,8 @@ CASES = [
 @pytest.mark.parametrize(("family", "weights"), CASES)
 def test_family(checkpoints: Path, tmp_path: Path, family: str, weights: str) -> None:
     model = make_checkpoint(family, checkpoints)
-    settings = json.dumps({"flying": {"weights": weights}})
-    arguments = ("--max-model-len", "1024", "--api-server-count", "1", "--additional-config", settings)
-    with Server(model, tmp_path / "log", *arguments) as server:
+    arguments = ("--max-model-len", "1024", "--api-server-count", "1")
+    with Server(model, tmp_path / "log", *arguments, settings={"weights": weights}) as server:
         alone = [server.nll(prompt) for prompt in PROMPTS]
         tokens = [server.tokens(prompt, 20) for prompt in PROMPTS]
         for prompt, nll in zip(PROMPTS, alone, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ V2_INTERPRETER = Path(__file__).parent / "v2_interpreter"
 
 
 class Server:
-    """A running server. `flying` starts it with the plugin; else it is stock vLLM."""
+    """A running server. `flying` starts it with the plugin, by default with a controller that never acts."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Server:
         environment: dict[str, str] | None = None,
         api_key: str | None = None,
         workers_per_engine: int = 1,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -46,6 +48,7 @@ class Server:
             "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port),
             "--data-parallel-size", str(engines), "--block-size", "32", "--kv-cache-memory-bytes", str(kv_bytes),
             *(["--api-key", api_key] if api_key else []), *arguments,
+            *(["--additional-config", json.dumps({"flying": {"policy": "manual", **(settings or {})}})] if flying else []),
         ]  # fmt: skip
         self._environment = {**os.environ, **_environment(engines * workers_per_engine), **(environment or {})}
         if model_runner_v2:

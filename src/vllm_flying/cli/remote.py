@@ -1,6 +1,6 @@
-"""`vllm-flying status` and `vllm-flying switch`: the HTTP API from a terminal.
+"""`vllm-flying status`, `switch` and `explain`: the HTTP API from a terminal.
 
-Standard library only.
+Imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
+
+from vllm_flying.frontend.audit import read_decisions, sentence
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -30,9 +33,28 @@ def add_parsers(commands: Any) -> None:
     wanted = switch.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--groups", nargs="+", metavar="E,E", help="all groups, such as: --groups 0,1 2 3")
     wanted.add_argument("--width", type=int, help="all groups of this many engines; 1 splits everything")
-    switch.add_argument("--method", help="auto, drain or pause (default: the server's setting)")
+    switch.add_argument("--method", help="auto, drain, pause or migrate (default: the server's setting)")
     switch.add_argument("--timeout", type=float, help="seconds until the switch is rolled back")
     switch.set_defaults(run=_switch)
+    explain = commands.add_parser("explain", parents=[common], help="say what the controller decided, and why")
+    explain.add_argument("--file", help="read an audit log (setting `audit_log`) instead of asking the server")
+    explain.set_defaults(run=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    if arguments.file:
+        path = Path(arguments.file)
+        if not path.is_file():
+            print(f"there is no file {path}", file=sys.stderr)
+            return 2
+        sentences = [sentence(entry) for entry in read_decisions(path)]
+    else:
+        code, answer = _call(arguments, "GET", "decisions")
+        if code != 200 or arguments.json:
+            return _print_answer(code, answer)
+        sentences = answer["sentences"]
+    print("\n".join(sentences) or "no decisions yet")
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

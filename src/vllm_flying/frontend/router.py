@@ -17,7 +17,9 @@ from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint
 from vllm_flying.core.routing import GroupState, Route, choose_group, groups_with_width
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
+from vllm_flying.frontend.control_loop import ControlLoop
 from vllm_flying.frontend.engines import EngineCalls
+from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.runtime import runtime_directory
 from vllm_flying.frontend.served import served_layouts
 from vllm_flying.frontend.switcher import Switcher, SwitchFailed
@@ -36,10 +38,11 @@ class Router:
         self._client = client
         self.settings = settings
         self._max_model_len = max_model_len
-        self._directory = directory
+        self.directory = directory
         self._board = LayoutBoard(directory)
         self.engines = EngineCalls(client)
         self.switcher = Switcher(self.engines, self._board, directory, settings)
+        self._control: asyncio.Task[None] | None = None
 
     # ---- the layout -----------------------------------------------------------------------------------------------
 
@@ -47,13 +50,17 @@ class Router:
         """The announced layout; announces the one at start if nobody has."""
         while not self._board.exists:
             try:
-                with switch_lock(self._directory):
+                with switch_lock(self.directory):
                     if not self._board.exists:
                         statuses = await self.engines.call_all("status")
                         groups = tuple(BoardGroup((s["engine"],), s["kv_tokens_capacity"]) for s in statuses)
                         self._board.publish(BoardState(0, self.settings.engine_tp, groups))
             except SwitchPendingError:
                 await asyncio.sleep(PENDING_RETRY_S)
+            metrics().layout([list(group.engines) for group in self._board.read().groups])
+        if self._control is None and self.settings.policy != "manual":
+            loop = ControlLoop(self.engines, self.switcher, self.directory, self.settings)
+            self._control = asyncio.ensure_future(loop.run())
         return self._board.read()
 
     @property
@@ -80,6 +87,11 @@ class Router:
         if width is not None and self.settings.on_hint == "form":
             await self._form(width)
             state = self._board.read()
+        if width is not None:
+            honoured = any(len(group.engines) == width for group in state.groups)
+            metrics().hinted(self._hint(request).value, honoured)
+        if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
+            state = await self._widen_for(tokens, state)
         if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
             capacities = {str(list(group.engines)): group.kv_tokens for group in state.groups}
             raise VLLMValidationError(
@@ -89,6 +101,18 @@ class Router:
                 parameter="prompt",
                 value=tokens,
             )
+
+    async def _widen_for(self, tokens: int, state: BoardState) -> BoardState:
+        """With a controller, form the narrowest group that can hold a request which no present group can."""
+        if self.settings.policy == "manual":
+            return state
+        smallest = min(state.groups, key=lambda group: len(group.engines))
+        each = smallest.kv_tokens // len(smallest.engines)
+        fitting = [width for width in self.settings.built_widths() if width * each >= tokens]
+        if not fitting:
+            return state
+        await self._form(fitting[0], f"request of {tokens} tokens")
+        return self._board.read()
 
     def _hint(self, request: Any) -> Hint:
         extra = getattr(request.sampling_params, "extra_args", None) or {}
@@ -111,7 +135,7 @@ class Router:
             params.max_tokens = most - prompt
         return prompt + int(params.max_tokens)
 
-    async def _form(self, width: int) -> None:
+    async def _form(self, width: int, reason: str | None = None) -> None:
         deadline = asyncio.get_running_loop().time() + self.settings.switch_timeout_s
         while asyncio.get_running_loop().time() < deadline:
             state = self._board.read()
@@ -121,7 +145,7 @@ class Router:
             target = Layout.of(groups_with_width(groups, width, self.engines.num_engines), self.engines.num_engines)
             try:
                 await self.switcher.switch(
-                    target, self.settings.switch_method, self.settings.switch_timeout_s, f"hint for width {width}"
+                    target, self.settings.switch_method, self.settings.switch_timeout_s, reason or f"hint for width {width}"
                 )
             except SwitchPendingError:
                 await asyncio.sleep(PENDING_RETRY_S)

@@ -18,6 +18,7 @@ from vllm_flying.core.topology import Layout, LayoutError
 from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, switch_lock
 from vllm_flying.frontend.engines import EngineCalls
+from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.record import PHASES, add_wave, switch_record
 from vllm_flying.settings import SWITCH_METHODS, Settings
 
@@ -53,6 +54,10 @@ class Switcher:
         """The present layout, as announced."""
         return Layout.of([group.engines for group in self._board.read().groups], self._engines.num_engines)
 
+    def last_switch(self) -> dict[str, Any] | None:
+        """The record of the last switch, whoever asked for it."""
+        return self._board.read().last_switch
+
     def check(self, groups: Iterable[Sequence[int]], method: str) -> Layout:
         """The layout that `groups` name; LayoutError if it can't be, ValueError for an unknown method."""
         if method not in SWITCH_METHODS:
@@ -65,7 +70,7 @@ class Switcher:
         return target
 
     async def switch(
-        self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = "request"
+        self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = "operator"
     ) -> dict[str, Any]:
         """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else."""
         chosen = "migrate" if method == "auto" else method
@@ -82,6 +87,7 @@ class Switcher:
                     logger.warning("A further wave of the migration failed: %s", failed)
                     break
                 record = add_wave(record, wave)
+        metrics().switched(record)
         self._collect_later(transaction)
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
@@ -102,6 +108,7 @@ class Switcher:
         if transaction.phase is not Phase.COMMITTED:
             # The epoch is used up: an engine may have seen it.
             self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
+            metrics().switched(record)
             logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
             raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
         self._announce(state, transaction, record)

@@ -1,23 +1,28 @@
-"""GET /plugins/flying/status, POST /plugins/flying/switch, GET /plugins/flying/memory.
+"""GET /plugins/flying/status, /decisions, /memory and the page itself, and POST /plugins/flying/switch.
 
-May import vllm and fastapi. Guarded by vLLM's API keys as the /v1 routes are.
+May import vllm and fastapi. Guarded by vLLM's API keys as the /v1 routes are, but for the page, which holds no data:
+it asks for the key and calls the others.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from vllm_flying.core.topology import LayoutError
+from vllm_flying.frontend.audit import read_decisions, sentence
 from vllm_flying.frontend.board import SwitchPendingError
+from vllm_flying.frontend.control_loop import DECISIONS_FILE
 from vllm_flying.frontend.switcher import SwitchFailed
 
 PREFIX = "/plugins/flying"
+PAGE = Path(__file__).parent / "page" / "index.html"
 ENGINE_FIELDS = ("engine", "state", "group", "pages", "scheduled_tokens")
 
 
@@ -54,6 +59,11 @@ def build_router(app: FastAPI) -> APIRouter:
     async def status(flying: Any = Depends(enabled)) -> JSONResponse:
         return JSONResponse(await _status(flying))
 
+    @routes.get("/decisions")
+    async def decisions(flying: Any = Depends(enabled)) -> JSONResponse:
+        entries = list(read_decisions(flying.directory / DECISIONS_FILE))
+        return JSONResponse({"decisions": entries, "sentences": [sentence(entry) for entry in entries]})
+
     @routes.get("/memory")
     async def memory(flying: Any = Depends(enabled)) -> JSONResponse:
         return JSONResponse({"workers": await flying.engines.call_all("memory")})
@@ -74,7 +84,14 @@ def build_router(app: FastAPI) -> APIRouter:
             return _error(504 if failure.timed_out else 500, str(failure), failure.record)
         return JSONResponse(record)
 
-    return routes
+    everything = APIRouter()
+    everything.include_router(routes)
+
+    @everything.get(f"{PREFIX}/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text())
+
+    return everything
 
 
 def _error(code: int, message: str, record: dict[str, Any] | None = None) -> JSONResponse:

@@ -20,6 +20,7 @@ from vllm_flying.scheduler import departures, registry
 from vllm_flying.scheduler.arrivals import Arrivals
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_requests, unpack_requests
+from vllm_flying.scheduler.needs import unfinished_needs
 from vllm_flying.settings import Settings
 
 logger = init_logger("vllm.flying.engine")
@@ -48,6 +49,7 @@ class EngineAgent:
         self._draining = False
         self._leases: PageLeases | None = None
         self._arrivals: Arrivals | None = None
+        self._probes: dict[int, list[tuple[int, float]]] | None = None
         registry.register_agent(vllm_config, self)
 
     @property
@@ -97,6 +99,7 @@ class EngineAgent:
             "cancel": self.cancel,
             "adopt": self.adopt,
             "collect": self.collect,
+            "probe": self.probe,
             "memory": self.memory,
         }
         if operation not in operations:
@@ -123,7 +126,19 @@ class EngineAgent:
             "kv_tokens_used": pool.num_used * self._page_tokens(width),
             "pages": {str(w): {"owned": p.num_owned, "used": p.num_used} for w, p in facade.pools.items()},
             "scheduled_tokens": facade.scheduled_tokens,
+            "max_running": facade.active.max_num_running_reqs,
+            "kv_tokens_per_engine": (facade.kv_cache_config.num_blocks - 1) * self._page_tokens(1),
+            **unfinished_needs(facade),
+            **facade.meter.report(),
         }
+
+    def probe(self) -> dict[str, list[list[float]]]:
+        """What forward passes cost in each layout, as the workers measured at start; seeds the cost model once."""
+        if self._probes is None:
+            self._probes = self._call_workers("flying_probes")[0]
+            for width, probes in self._probes.items():
+                self.facade.meter.costs[width].seed(probes)
+        return {str(width): [list(probe) for probe in probes] for width, probes in self._probes.items()}
 
     def _state(self) -> str:
         if self._preparing is not None:
@@ -319,7 +334,7 @@ class EngineAgent:
             share = held[index :: len(recipients)]
             if recipient == self.engine:
                 for request in share:
-                    self.facade.add_request(request)
+                    self.facade.place(request)
             elif share:
                 handover[str(recipient)] = pack_requests(share)
         return {"handover": handover, "lent": lent, "kv_tokens": self._kv_tokens()}
@@ -365,7 +380,7 @@ class EngineAgent:
         """Take over fresh requests of another engine."""
         requests = unpack_requests(packed, self.facade.structured_output_manager)
         for request in requests:
-            self.facade.add_request(request)
+            self.facade.place(request)
         return len(requests)
 
     def collect(self) -> bytes | None:

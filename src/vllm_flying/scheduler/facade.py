@@ -23,6 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_flying.core.topology import available_widths
 from vllm_flying.scheduler import registry
+from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
 from vllm_flying.settings import settings_from_vllm_config
 from vllm_flying.worker.kv_views import wide_kv_cache_config
@@ -65,6 +66,7 @@ class FlyingScheduler(SchedulerInterface):
             self.schedulers[width] = scheduler
             self.pools[width] = PagePool(scheduler.kv_cache_manager.block_pool, owns_all=width == 1)
             self._hashers[width] = self._hasher(sizes[1])
+        self.engine_tp = settings.engine_tp
         self.active_width = 1
         self.parked = False
         """A member that doesn't lead: schedules nothing, keeps what arrives for the leader."""
@@ -73,6 +75,7 @@ class FlyingScheduler(SchedulerInterface):
         self.stopped = False
         """A switch is being prepared: no steps."""
         self.held: list[Request] = []
+        self.meter = EngineMeter(self.schedulers)
         self.scheduled_tokens = 0
         """Tokens computed since start, in all widths."""
         self.on_abort: Callable[[list[str] | None], None] = lambda request_ids: None
@@ -114,7 +117,13 @@ class FlyingScheduler(SchedulerInterface):
         known = next((s for s in self.schedulers.values() if request.request_id in s.requests), None)
         if known is not None:  # another chunk of a streaming-input session
             known.add_request(request)
-        elif self.holding or self.parked:
+            return
+        self.meter.added(request)
+        self.place(request)
+
+    def place(self, request: Request) -> None:
+        """Give a fresh request of this or another engine to the active scheduler, or keep it aside."""
+        if self.holding or self.parked:
             self.held.append(request)
         else:
             self.admit(request, self.active_width)
@@ -151,7 +160,7 @@ class FlyingScheduler(SchedulerInterface):
         """Admit what was kept aside."""
         held, self.held = self.held, []
         for request in held:
-            self.add_request(request)
+            self.place(request)
 
     def take_held(self) -> list[Request]:
         """Take what was kept aside, to be run elsewhere."""
@@ -187,6 +196,7 @@ class FlyingScheduler(SchedulerInterface):
         output = self.active.schedule(throttle_prefills)
         self._width_of_step[id(output)] = self.active_width
         self.scheduled_tokens += output.total_num_scheduled_tokens
+        self.meter.step_begins(output, self.active.requests)
         return output
 
     @property
@@ -203,9 +213,9 @@ class FlyingScheduler(SchedulerInterface):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Hand the step's results to the scheduler that made it, in whatever layout the engine is by now."""
-        scheduler = self._scheduler_of(scheduler_output)
-        self._width_of_step.pop(id(scheduler_output), None)
-        outputs = scheduler.update_from_output(scheduler_output, model_runner_output)
+        width = self._width_of_step.pop(id(scheduler_output), self.active_width)
+        outputs = self.schedulers[width].update_from_output(scheduler_output, model_runner_output)
+        self.meter.step_ends(scheduler_output, width)
         registry.after_step(self.vllm_config)
         return outputs
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm_flying.controller.policies import policy_by_name
 from vllm_flying.core.topology import LayoutError, available_widths
 
 WEIGHTS = ("auto", "tiles", "views")
@@ -47,6 +48,29 @@ class Settings:
     switch_timeout_s: float = 30.0
     """Seconds after which a switch that names no limit is rolled back."""
 
+    policy: str = "auto"
+    """What decides on layouts: `auto` (the layout that serves the present load first, and whatever a request needs),
+    `load` and `long_context` (its two parts), `manual` (requests to the switch route and hints only), or the name of a
+    policy that another package offers. See docs/policies.md."""
+
+    interval_s: float = 0.25
+    """Seconds between two looks of the controller."""
+
+    cooldown_s: float = 1.0
+    """Seconds that the controller leaves between two switches; doubled while it flaps."""
+
+    margin: float = 0.1
+    """How much sooner, as a share, the load must be served in another layout before the controller switches."""
+
+    manual_hold_s: float = 30.0
+    """Seconds that the controller keeps out after a switch asked for by hand."""
+
+    dry_run: bool = False
+    """The controller logs what it would do and does nothing."""
+
+    audit_log: str | None = None
+    """File to which decisions are appended, one JSON object per line; `vllm-flying explain` reads it."""
+
     staging_bytes: int = 64 * 2**20
     """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way."""
 
@@ -66,10 +90,17 @@ class Settings:
         _check_choice("weights", self.weights, WEIGHTS)
         _check_choice("on_hint", self.on_hint, ON_HINT)
         _check_choice("switch_method", self.switch_method, SWITCH_METHODS)
-        for name in ("switch_timeout_s", "startup_timeout_s"):
+        for name in ("switch_timeout_s", "startup_timeout_s", "interval_s"):
             value = getattr(self, name)
             if not 0 < value <= 86400:
                 raise SettingsError(f"setting {name!r} is {value!r}; allowed: seconds above 0, at most 86400")
+        for name in ("cooldown_s", "margin", "manual_hold_s"):
+            if not 0 <= getattr(self, name) <= 86400:
+                raise SettingsError(f"setting {name!r} is {getattr(self, name)!r}; allowed: 0 or more, at most 86400")
+        try:
+            policy_by_name(self.policy)
+        except ValueError as error:
+            raise SettingsError(f"setting 'policy': {error}") from None
         if self.num_engines > 1:
             try:
                 available_widths(self.num_engines, self.widths)

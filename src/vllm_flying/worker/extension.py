@@ -28,6 +28,7 @@ from vllm_flying.worker.group_calls import GroupCalls
 from vllm_flying.worker.kv_views import SharedPool, kernel_blocks_of, raw_pool, wide_kv_cache_config
 from vllm_flying.worker.layout_table import LayoutTable, WorkerLayout, wide_vllm_config
 from vllm_flying.worker.memory import memory_report
+from vllm_flying.worker.probe import probe_runner
 from vllm_flying.worker.relay import Relay
 
 logger = init_logger("vllm.flying.worker")
@@ -45,6 +46,7 @@ class WorkerExtension(GroupCalls):
     local_rank: int
     rank: int
     _flying_pids: list[int]
+    _flying_probe_results: dict[int, list[tuple[int, float]]]
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,17 @@ class WorkerExtension(GroupCalls):
                             layout.runner._dummy_run(num_tokens)
                 else:
                     self._flying_with_runner(layout, super().compile_or_warm_up_model)  # type: ignore[misc]
+        self._flying_probe_results = {}
+        if settings_from_vllm_config(self.vllm_config).policy != "manual":
+            most = self.vllm_config.scheduler_config.max_num_batched_tokens
+            for layout in (self._flying[1], *self._flying.wide):
+                with self._flying.activated(layout.width):
+                    self._flying_probe_results[layout.width] = probe_runner(layout.runner, most)
         return times
+
+    def flying_probes(self) -> dict[int, list[tuple[int, float]]]:
+        """What forward passes cost in each layout, measured at start."""
+        return self._flying_probe_results
 
     def _flying_with_runner(self, layout: WorkerLayout, call: Any) -> Any:
         alone = self.model_runner

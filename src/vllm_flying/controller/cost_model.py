@@ -1,0 +1,81 @@
+"""What a step costs in a layout, learned from the steps that were run.
+
+Pure. A step of `p` prompt tokens and `d` decoding requests takes about `fixed + per_prompt_token * p + per_decode * d`
+seconds. The three numbers are fitted by recursive least squares with forgetting, so they follow the server; a probe
+at start seeds them for layouts that haven't served yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+FORGETTING = 0.99
+# Below this a fitted number is noise: no step is free, and none gets cheaper with more work.
+LEAST = 1e-9
+
+
+@dataclass
+class StepCost:
+    """The fit for one width."""
+
+    weights: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Seconds: per step, per prompt token, per decoding request."""
+    steps: int = 0
+    """Steps seen, the probe's included."""
+    _spread: list[list[float]] = field(
+        default_factory=lambda: [[1e3, 0.0, 0.0], [0.0, 1e1, 0.0], [0.0, 0.0, 1e1]], repr=False
+    )
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to predict from."""
+        return self.steps > 0
+
+    def learn(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
+        """A step was run."""
+        x = (1.0, prompt_tokens / 64.0, decodes / 8.0)
+        spread_x = [sum(row[j] * x[j] for j in range(3)) for row in self._spread]
+        scale = FORGETTING + sum(x[i] * spread_x[i] for i in range(3))
+        gain = [value / scale for value in spread_x]
+        error = seconds - sum(self.weights[i] * x[i] for i in range(3))
+        for i in range(3):
+            self.weights[i] += gain[i] * error
+            for j in range(3):
+                self._spread[i][j] = min(1e6, (self._spread[i][j] - gain[i] * spread_x[j]) / FORGETTING)
+        self.steps += 1
+
+    def seed(self, probes: Iterable[Sequence[float]]) -> None:
+        """Learn from a probe: (tokens, seconds) of forward passes. A token costs the same whatever it is."""
+        for tokens, seconds in probes:
+            self.learn(0, int(tokens), seconds)
+            if tokens > 1:
+                self.learn(int(tokens) - 1, 1, seconds)
+
+    def numbers(self) -> tuple[float, float, float]:
+        """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
+        fixed, prompt, decode = self.weights
+        return max(fixed, LEAST), max(prompt / 64.0, LEAST), max(decode / 8.0, LEAST)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is to be done: `requests` unfinished, `prompt_tokens` of theirs to compute, `output_tokens` each."""
+
+    requests: float
+    prompt_tokens: float
+    output_tokens: float
+
+
+def seconds_to_serve(
+    numbers: tuple[float, float, float], num_groups: int, demand: Demand, max_running: int
+) -> float:
+    """Seconds until `num_groups` equal groups have served the demand, spread evenly over them."""
+    if demand.requests <= 0:
+        return 0.0
+    fixed, per_prompt_token, per_decode = numbers
+    busy = min(num_groups, demand.requests) if demand.requests >= 1 else 1
+    share = max(1.0, demand.requests / busy)
+    at_once = min(share, max_running)
+    decode_step = fixed + per_decode * at_once
+    return per_prompt_token * demand.prompt_tokens / busy + demand.output_tokens * decode_step * share / at_once

@@ -1,0 +1,98 @@
+"""What the controller sees: engines and groups as they report, and rates made of their counters.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_flying.controller.cost_model import Demand
+from vllm_flying.core.topology import Group, Layout
+
+# Seconds over which rates and means are taken.
+MEMORY_S = 10.0
+COUNTERS = ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished")
+
+
+@dataclass(frozen=True)
+class GroupObservation:
+    """One group, as its leader reports it."""
+
+    engines: Group
+    running: int
+    waiting: int
+    paused: int
+    prompt_tokens_queued: int
+    kv_tokens_capacity: int
+    kv_tokens_used: int
+    largest_request: int
+    """KV tokens that the largest unfinished request may need."""
+    wanted_width: int
+    """The widest group that an unfinished request asked for by hint or priority."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The server at one moment. `time` is monotonic seconds."""
+
+    time: float
+    layout: Layout
+    groups: tuple[GroupObservation, ...]
+    costs: Mapping[int, tuple[float, float, float]]
+    """Per width, see `cost_model`."""
+    widths: tuple[int, ...]
+    """Widths that were built, 1 included."""
+    kv_tokens_per_engine: int
+    max_running: int
+    arrival_rate: float = 0.0
+    """Requests per second."""
+    mean_prompt_tokens: float = 128.0
+    mean_output_tokens: float = 64.0
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that run, wait, or are paused."""
+        return sum(group.running + group.waiting + group.paused for group in self.groups)
+
+    def demand(self, horizon_s: float) -> Demand:
+        """What is here and what comes within the horizon; one usual request if nothing does."""
+        coming = self.arrival_rate * horizon_s
+        requests = self.unfinished + coming
+        queued = sum(group.prompt_tokens_queued for group in self.groups)
+        if requests < 1:
+            return Demand(1, self.mean_prompt_tokens, self.mean_output_tokens)
+        return Demand(requests, queued + coming * self.mean_prompt_tokens, self.mean_output_tokens)
+
+
+@dataclass
+class RateTracker:
+    """Turns engines' cumulative counters into an arrival rate and mean lengths."""
+
+    _last: dict[str, float] = field(default_factory=dict)
+    _time: float | None = None
+    arrival_rate: float = 0.0
+    mean_prompt_tokens: float = 128.0
+    mean_output_tokens: float = 64.0
+
+    def update(self, now: float, statuses: Sequence[Mapping[str, Any]]) -> None:
+        """Take in what all engines report."""
+        totals = {name: float(sum(status[name] for status in statuses)) for name in COUNTERS}
+        if self._time is not None and now > self._time:
+            elapsed = now - self._time
+            fresh = 1.0 - math.exp(-elapsed / MEMORY_S)
+            new = {name: max(0.0, totals[name] - self._last[name]) for name in COUNTERS}
+            # Bursts must show at once, quiet spells only after a while.
+            rate = new["requests_added"] / elapsed
+            weight = max(fresh, 0.5) if rate > self.arrival_rate else fresh
+            self.arrival_rate += weight * (rate - self.arrival_rate)
+            if new["requests_added"]:
+                mean = new["prompt_tokens_added"] / new["requests_added"]
+                self.mean_prompt_tokens += 0.3 * (mean - self.mean_prompt_tokens)
+            if new["requests_finished"]:
+                mean = new["output_tokens_finished"] / new["requests_finished"]
+                self.mean_output_tokens += 0.3 * (mean - self.mean_output_tokens)
+        self._last, self._time = totals, now

@@ -1,0 +1,94 @@
+"""How a layout is chosen. A policy is a function of an observation; others can be named by entry point.
+
+Pure. `load` asks in which layout what is here, and what comes soon, is served first: idle servers merge, since a
+lone request is quicker in a wide group, and bursts split them, if and when the learned step costs say so. A request
+that needs a wide group (its KV, its hint, its priority) limits the choice of every policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from vllm_flying.controller.cost_model import seconds_to_serve
+from vllm_flying.controller.observation import Observation
+from vllm_flying.controller.plan import Plan, allowed_layouts, least_width, uniform
+from vllm_flying.core.topology import Layout
+
+ENTRY_POINTS = "vllm_flying.policies"
+HORIZON_S = 1.0
+
+Policy = Callable[[Observation], Plan | None]
+"""A plan, or None to leave everything as it is."""
+
+
+def manual(observation: Observation) -> Plan | None:
+    """Never acts: layouts change by request and by hint only."""
+    return None
+
+
+def predicted_seconds(observation: Observation, layout: Layout, horizon_s: float = HORIZON_S) -> float | None:
+    """Seconds to serve the demand in a layout; None for a width whose cost isn't known."""
+    demand = observation.demand(horizon_s)
+    widest = max(len(group) for group in layout.groups)
+    narrowest = min(len(group) for group in layout.groups)
+    numbers = observation.costs.get(narrowest)
+    if numbers is None or widest not in observation.costs:
+        return None
+    # In a mixed layout the demand goes to the narrow groups; the wide one is there for its own request.
+    num_groups = sum(1 for group in layout.groups if len(group) == narrowest)
+    return seconds_to_serve(numbers, num_groups, demand, observation.max_running)
+
+
+def load(observation: Observation) -> Plan | None:
+    """The allowed layout that serves the demand first."""
+    timed = [(predicted_seconds(observation, layout), layout) for layout in allowed_layouts(observation)]
+    known = [(seconds, layout) for seconds, layout in timed if seconds is not None]
+    if not known:
+        return None
+    best_seconds, best = min(known, key=lambda pair: (pair[0], -len(pair[1].groups)))
+    now_seconds = predicted_seconds(observation, observation.layout)
+    if best == observation.layout or now_seconds is None:
+        return None
+    reason = (
+        f"{observation.unfinished} requests and {observation.arrival_rate:.1f}/s arriving take "
+        f"{best_seconds:.2f} s in {best.to_lists()}, {now_seconds:.2f} s as it is"
+    )
+    return Plan(best, "load", reason, gain_s=now_seconds - best_seconds)
+
+
+def long_context(observation: Observation) -> Plan | None:
+    """Widens when an unfinished request may need more KV than any group has; splits again when none does."""
+    least = least_width(observation)
+    widest = max(len(group) for group in observation.layout.groups)
+    if widest < least:
+        return Plan(
+            uniform(observation, least), "long_context", f"a request needs a group of {least}", urgent=True
+        )
+    used = sum(group.kv_tokens_used for group in observation.groups)
+    capacity = sum(group.kv_tokens_capacity for group in observation.groups)
+    if widest > least and least == 1 and used <= capacity / 2:
+        return Plan(uniform(observation, 1), "long_context", "no request needs a wide group and half of the KV is free")
+    return None
+
+
+def auto(observation: Observation) -> Plan | None:
+    """What a request needs first, then what serves the load first."""
+    least = least_width(observation)
+    if max(len(group) for group in observation.layout.groups) < least:
+        return long_context(observation)
+    return load(observation)
+
+
+BUILT_IN: dict[str, Policy] = {"manual": manual, "load": load, "long_context": long_context, "auto": auto}
+
+
+def policy_by_name(name: str) -> Policy:
+    """A built-in policy, or one that an installed package offers; ValueError that lists what there is."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in others:
+        policy: Policy = others[name].load()
+        return policy
+    raise ValueError(f"policy {name!r} is unknown; there are: {', '.join([*BUILT_IN, *sorted(others)])}")

@@ -1,0 +1,112 @@
+"""Prometheus metrics of the plugin, on vLLM's own /metrics; docs/metrics.md is made from this file.
+
+Pure but for prometheus_client, which vLLM brings. Names begin with `vllm_flying_`: collectors named `vllm:...` are
+dropped when vLLM makes its own anew. With several API servers prometheus_client adds their values up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One metric."""
+
+    kind: str
+    name: str
+    text: str
+    labels: tuple[str, ...] = ()
+
+
+DEFINITIONS = {
+    "width": Definition("gauge", "engine_width", "Engines in the group that an engine belongs to.", ("engine",)),
+    "switches": Definition(
+        "counter", "switches", "Switches of layout; widths such as 1+1; reason operator, hint, request or controller.",
+        ("source", "target", "reason", "outcome"),
+    ),
+    "phases": Definition("histogram", "switch_phase_seconds", "Seconds spent in each phase of a switch.", ("phase",)),
+    "paused": Definition("counter", "requests_paused", "Begun requests that a switch left waiting for their layout."),
+    "moved": Definition("counter", "requests_moved", "Begun requests that moved into the new layout with their KV."),
+    "bytes": Definition("counter", "kv_bytes_moved", "Bytes of KV that went from worker to worker at switches."),
+    "hints": Definition("counter", "hints", "Requests with a parallelism_hint, by whether it was honoured.",
+                        ("hint", "honoured")),
+    "decisions": Definition("counter", "decisions", "Plans of the controller, by rule and what became of them.",
+                            ("rule", "done")),
+    "predicted": Definition("counter", "predicted_gain_seconds", "Seconds that carried-out plans were to save.",
+                            ("rule",)),
+}  # fmt: skip
+
+
+class Metrics:
+    """The collectors of this process."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        def make(definition: Definition) -> Any:
+            name = f"vllm_flying_{definition.name}"
+            if definition.kind == "gauge":
+                return Gauge(name, definition.text, definition.labels, multiprocess_mode="mostrecent")
+            if definition.kind == "histogram":
+                return Histogram(name, definition.text, definition.labels, buckets=BUCKETS)
+            return Counter(name, definition.text, definition.labels)
+
+        self._collectors = {key: make(definition) for key, definition in DEFINITIONS.items()}
+
+    def layout(self, groups: list[list[int]]) -> None:
+        """The announced layout."""
+        for group in groups:
+            for engine in group:
+                self._collectors["width"].labels(str(engine)).set(len(group))
+
+    def switched(self, record: dict[str, Any]) -> None:
+        """A switch ended."""
+        names = ["+".join(str(len(group)) for group in record[side]) for side in ("from", "to")]
+        reason = record["reason"].split(":")[0].split()[0]
+        self._collectors["switches"].labels(*names, reason, record["outcome"]).inc()
+        for phase, seconds in record["seconds"].items():
+            self._collectors["phases"].labels(phase).observe(seconds)
+        if record["outcome"] == "committed":
+            self.layout(record["to"])
+            self._collectors["paused"].inc(record["requests"]["paused"])
+            self._collectors["moved"].inc(record["requests"]["moved"])
+            self._collectors["bytes"].inc(record["kv"]["bytes"])
+
+    def hinted(self, hint: str, honoured: bool) -> None:
+        """A request with a hint was routed."""
+        self._collectors["hints"].labels(hint, str(honoured).lower()).inc()
+
+    def decided(self, rule: str, done: bool, gain_s: float) -> None:
+        """The controller had a plan."""
+        self._collectors["decisions"].labels(rule, str(done).lower()).inc()
+        if done:
+            self._collectors["predicted"].labels(rule).inc(max(0.0, gain_s))
+
+
+@cache
+def metrics() -> Metrics:
+    """The collectors; made on first use, when vLLM has set up its registry."""
+    return Metrics()
+
+
+def reference() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics", "", "On vLLM's own `/metrics`. With several API servers the counters of all are added up.", "",
+        "| metric | kind | labels | meaning |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for definition in DEFINITIONS.values():
+        suffix = "_total" if definition.kind == "counter" else ""
+        labels = ", ".join(f"`{label}`" for label in definition.labels)
+        lines.append(f"| `vllm_flying_{definition.name}{suffix}` | {definition.kind} | {labels} | {definition.text} |")
+    return "\n".join([*lines, "", "Made from `src/vllm_flying/frontend/metrics.py` by "
+                      "`python -m vllm_flying.frontend.metrics`.", ""])  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

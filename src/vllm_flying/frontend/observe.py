@@ -1,0 +1,58 @@
+"""Engines' status reports made into the controller's observation.
+
+Pure: no torch, no vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
+from vllm_flying.core.topology import Layout
+
+
+def observe(
+    now: float, layout: Layout, widths: Sequence[int], statuses: Sequence[Mapping[str, Any]], rates: RateTracker
+) -> Observation:
+    """One observation from the status of every engine, in order."""
+    rates.update(now, statuses)
+    groups = []
+    for group in layout.groups:
+        members = [statuses[engine] for engine in group]
+        leader = members[0]
+        groups.append(
+            GroupObservation(
+                engines=group,
+                running=leader["running"],
+                waiting=sum(member["waiting"] for member in members),
+                paused=sum(member["paused"] for member in members),
+                prompt_tokens_queued=sum(member["prompt_tokens_queued"] for member in members),
+                kv_tokens_capacity=leader["kv_tokens_capacity"],
+                kv_tokens_used=leader["kv_tokens_used"],
+                largest_request=max(member["largest_request"] for member in members),
+                wanted_width=max(member["wanted_width"] for member in members),
+            )
+        )
+    return Observation(
+        time=now,
+        layout=layout,
+        groups=tuple(groups),
+        costs=_costs(statuses),
+        widths=tuple(sorted({1, *widths})),
+        kv_tokens_per_engine=statuses[0]["kv_tokens_per_engine"],
+        max_running=statuses[0]["max_running"],
+        arrival_rate=rates.arrival_rate,
+        mean_prompt_tokens=rates.mean_prompt_tokens,
+        mean_output_tokens=rates.mean_output_tokens,
+    )
+
+
+def _costs(statuses: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float, float]]:
+    """For each width the fit of the engine that has seen most steps of it."""
+    best: dict[int, list[float]] = {}
+    for status in statuses:
+        for width, numbers in status["costs"].items():
+            if int(width) not in best or numbers[3] > best[int(width)][3]:
+                best[int(width)] = numbers
+    return {width: (numbers[0], numbers[1], numbers[2]) for width, numbers in best.items()}

@@ -1,0 +1,72 @@
+"""What an engine counts for the controller: requests, tokens, and what its steps cost in each layout.
+
+Pure but for the duck-typed requests and step outputs of vLLM's scheduler. The work per step is a count over the
+scheduled requests and a 3x3 update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_flying.controller.cost_model import StepCost
+
+
+@dataclass(frozen=True)
+class _Step:
+    started: float
+    prompt_tokens: int
+    decodes: int
+    requests: Sequence[Any]
+
+
+class EngineMeter:
+    """Counters since start, and one cost fit per width."""
+
+    def __init__(self, widths: Iterable[int]) -> None:
+        self.costs = {width: StepCost() for width in widths}
+        self.requests_added = 0
+        self.prompt_tokens_added = 0
+        self.requests_finished = 0
+        self.output_tokens_finished = 0
+        self._begun: dict[int, _Step] = {}
+        self._last_end = 0.0
+
+    def added(self, request: Any) -> None:
+        """A request came to this engine from a client."""
+        self.requests_added += 1
+        self.prompt_tokens_added += request.num_prompt_tokens
+
+    def step_begins(self, scheduler_output: Any, requests: Mapping[str, Any]) -> None:
+        """A step was scheduled; `requests` are the scheduler's."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        if scheduled:
+            decodes = list(scheduled.values()).count(1)
+            prompt_tokens = scheduler_output.total_num_scheduled_tokens - decodes
+            taking_part = [requests[request_id] for request_id in scheduled]
+            self._begun[id(scheduler_output)] = _Step(time.perf_counter(), prompt_tokens, decodes, taking_part)
+
+    def step_ends(self, scheduler_output: Any, width: int) -> None:
+        """Its results are in. With several steps in flight, a step takes what passes between two results."""
+        step = self._begun.pop(id(scheduler_output), None)
+        if step is None:
+            return
+        now = time.perf_counter()
+        self.costs[width].learn(step.prompt_tokens, step.decodes, now - max(step.started, self._last_end))
+        self._last_end = now
+        for request in step.requests:
+            if request.is_finished():
+                self.requests_finished += 1
+                self.output_tokens_finished += request.num_output_tokens
+
+    def report(self) -> dict[str, Any]:
+        """For the engine's status."""
+        return {
+            "requests_added": self.requests_added,
+            "prompt_tokens_added": self.prompt_tokens_added,
+            "requests_finished": self.requests_finished,
+            "output_tokens_finished": self.output_tokens_finished,
+            "costs": {str(width): [*cost.numbers(), cost.steps] for width, cost in self.costs.items() if cost.known},
+        }
