@@ -39,9 +39,10 @@ lint: env
 unit: lint
 	$(BIN)/python -m pytest -m "not engine"
 
-# Two workers: servers spend half of their start on imports, which use one core.
+# Two at a time where that disturbs nothing: servers spend most of their start on imports, which use one core.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 bench: env
 	$(BIN)/python -m bench.switch

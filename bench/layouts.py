@@ -30,18 +30,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of every server")
     parser.add_argument("--repeats", type=int, default=3, help="runs of every shape per turn")
+    parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype for all servers")
     arguments = parser.parse_args()
-    model = llama_150m()
+    model, dtype = llama_150m(), ("--dtype", arguments.dtype)
     samples: Samples = {}
     starts: dict[str, list[float]] = {}
     for turn in range(arguments.rounds):
         print(f"== turn {turn + 1} of {arguments.rounds}", flush=True)
-        with bench_server(model, flying=False) as server:
+        with bench_server(model, *dtype, flying=False) as server:
             starts.setdefault("stock DP", []).append(server.start_seconds)
             shapes(samples, "stock", "DP", server, arguments.repeats, turn)
-        with bench_server(model, flying=False, engines=1, tensor_parallel=2) as server:
+        with bench_server(model, *dtype, flying=False, engines=1, tensor_parallel=2) as server:
             shapes(samples, "stock", "TP", server, arguments.repeats, turn)
-        with bench_server(model, flying=True) as server:
+        with bench_server(model, *dtype, flying=True) as server:
             starts.setdefault("flying", []).append(server.start_seconds)
             for layout, groups in LAYOUTS.items():
                 server.switch(groups)

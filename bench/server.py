@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tests.support.server import Server
 
 
-def bench_server(model: Path, *arguments: str, flying: bool, engines: int = 2, tensor_parallel: int = 1) -> Server:
+def bench_server(
+    model: Path,
+    *arguments: str,
+    flying: bool,
+    engines: int = 2,
+    tensor_parallel: int = 1,
+    settings: dict[str, Any] | None = None,
+) -> Server:
     """A bf16 server on this machine, one core per worker, one API server."""
     log = Path(tempfile.mkdtemp(prefix="vllm-flying-bench-")) / "log"
     return Server(
         model, log, "--dtype", "bfloat16", "--max-model-len", "2048", "--skip-tokenizer-init",
         *(["--api-server-count", "1"] if flying else []), "--tensor-parallel-size", str(tensor_parallel), *arguments,
-        engines=engines, flying=flying, kv_bytes=512 << 20, workers_per_engine=tensor_parallel,
+        engines=engines, flying=flying, settings=settings, kv_bytes=512 << 20, workers_per_engine=tensor_parallel,
     )  # fmt: skip

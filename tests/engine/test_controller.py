@@ -16,7 +16,7 @@ from tests.support.load import random_prompts
 from tests.support.server import Server
 from vllm_flying.cli import main as cli
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 ONE_ENGINE_TOKENS = 31 * 32
 

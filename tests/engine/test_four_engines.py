@@ -15,7 +15,7 @@ from tests.support.load import Load, random_prompts
 from tests.support.reference import Reference
 from tests.support.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 LAYOUTS = [
     [[0], [1], [2], [3]],

@@ -16,7 +16,7 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
 from tests.support.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 DP, TP = [[0], [1]], [[0, 1]]
 PAGES = 127  # of 32 tokens, in 8 MiB of the two-layer model

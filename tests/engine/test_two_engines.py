@@ -18,7 +18,7 @@ from tests.support.load import random_prompts
 from tests.support.reference import Reference
 from tests.support.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 DP, TP = [[0], [1]], [[0, 1]]
 LAYOUTS = {"dp": DP, "tp": TP}
@@ -118,14 +118,17 @@ def test_text_features(server: Server, layout: str) -> None:
 
 def test_paused_requests_resume_without_recomputing(server: Server, expected: list[list[int]]) -> None:
     before = server.scheduled_tokens()
-    # All three fit one engine's pages.
-    requests = [(PROMPTS[index], 220 + index) for index in range(3)]
-    paused = [Background(server, prompt, tokens) for prompt, tokens in requests]
+    # One for each engine, too long to be done before the switch.
+    requests = [(PROMPTS[index], 700 + index) for index in range(2)]
+    paused = [
+        Background(server, prompt, tokens, extra_headers={"X-data-parallel-rank": str(engine)})
+        for engine, (prompt, tokens) in enumerate(requests)
+    ]
     for request in paused:
         request.wait_for_tokens()
     record = server.switch(TP, method="pause")
-    assert record["requests"]["paused"] == 3, [request.tokens() for request in paused]
-    wait_for(server, "paused", 3)
+    assert record["requests"]["paused"] == 2, str(record)
+    wait_for(server, "paused", 2)
     assert server.tokens(PROMPTS[0], 40) == expected[0][:40]
     server.switch(DP, method="pause")
     for request, (prompt, _) in zip(paused, requests, strict=True):

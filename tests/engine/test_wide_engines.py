@@ -17,7 +17,7 @@ PROMPTS = random_prompts(41, (30, 75))
 
 
 def test_two_engines_of_two_workers(checkpoints: Path, tmp_path: Path) -> None:
-    model = make_checkpoint("llama", checkpoints)
+    model = make_checkpoint("mistral", checkpoints)
     arguments = ("--max-model-len", "1024", "--api-server-count", "1", "--tensor-parallel-size", "2")
     with Server(model, tmp_path / "log", *arguments, workers_per_engine=2) as server:
         alone = [server.nll(prompt) for prompt in PROMPTS]

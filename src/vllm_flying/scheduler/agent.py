@@ -363,7 +363,7 @@ class EngineAgent:
         if self._preparing != epoch:
             return
         if self._resting is not None:
-            self._resting.cancel()
+            self._resting.set_result({})  # nobody waits for it any more
             self._resting = None
         self._go_on()
         if not self.facade.parked:
