@@ -41,10 +41,12 @@ def server(checkpoints: Path, audit: Path, tmp_path_factory: pytest.TempPathFact
 def until(server: Server, widths: list[int], limit_s: float = 30.0) -> dict[str, Any]:
     """The status, once the layout has groups of these widths."""
     deadline = time.monotonic() + limit_s
-    while [len(group["engines"]) for group in (status := server.status())["groups"]] != widths:
+    while True:
+        status = server.status()
+        if [len(group["engines"]) for group in status["groups"]] == widths:
+            return status
         assert time.monotonic() < deadline, status
         time.sleep(0.05)
-    return status
 
 
 def test_a_long_request_under_load_is_served_and_the_group_splits_again(server: Server) -> None:
