@@ -3,80 +3,122 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import threading
 import time
 from statistics import median, quantiles
 from typing import Any
 
-from bench.client import prompts, run_load
+import httpx
+
+from bench.client import Timing, complete, prompts
 from bench.models import llama_150m
 from bench.report import markdown, write
 from bench.server import bench_server
 from tests.support.server import Server
 
+DP, TP = [[0], [1]], [[0, 1]]
+
+
+class Clients:
+    """Streaming clients in a thread, one request after the other each, until the context ends."""
+
+    def __init__(self, server: Server, count: int, prompt_tokens: int = 64, output_tokens: int = 64) -> None:
+        self._server = server
+        self._count = count
+        self._lengths = prompt_tokens, output_tokens
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self.timings: list[Timing] = []
+
+    def __enter__(self) -> Clients:
+        self._thread.start()
+        time.sleep(2.0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=900.0) as client:
+            await asyncio.gather(*[self._one(client, seed) for seed in range(self._count)])
+
+    async def _one(self, client: httpx.AsyncClient, seed: int) -> None:
+        while not self._stop.is_set():
+            seed += 100
+            (prompt,) = prompts(1, self._lengths[0], seed)
+            self.timings.append(await complete(client, self._server.model, prompt, self._lengths[1]))
+
+    def gaps(self) -> dict[str, float]:
+        """Longest gap between two tokens of a request, and the usual one, in milliseconds."""
+        longest = [1e3 * timing.longest_gap for timing in self.timings]
+        return {
+            "requests": len(longest),
+            "tpot_ms": median(1e3 * timing.tpot for timing in self.timings),
+            "longest_gap_p50_ms": median(longest),
+            "longest_gap_p99_ms": _p99(longest),
+        }
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="merges, and as many splits, per case")
     parser.add_argument("--requests", type=int, default=8, help="requests in flight in the loaded case")
+    parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    model = llama_150m()
-    with bench_server(model, flying=True) as server:
+    with bench_server(llama_150m(), "--dtype", arguments.dtype, flying=True) as server:
         print(f"Server up after {server.start_seconds:.0f} s.", flush=True)
-        cases = {"idle": measure(server, arguments.repeats)}
-        cases["under load"] = under_load(server, arguments.repeats, arguments.requests)
+        idle = measure(server, arguments.repeats, "pause")
+        gaps = {}
+        for name, groups in (("DP, no switch", DP), ("TP, no switch", TP)):
+            server.switch(groups)
+            with Clients(server, arguments.requests) as clients:
+                time.sleep(20.0)
+            gaps[name] = clients.gaps()
+            print(name, gaps[name], flush=True)
+        with Clients(server, arguments.requests) as clients:
+            loaded = measure(server, arguments.repeats, "migrate", pause_s=1.0)
+        gaps["a switch every second"] = clients.gaps()
         restart = server.start_seconds
-    rows = []
-    for name, times in cases.items():
-        for direction, values in times["ms"].items():
-            cuts = quantiles(values, n=100)
-            rows.append([name, direction, len(values), f"{median(values):.1f}", f"{cuts[98]:.1f}", times.get("step_ms", "")])
-    rows.append(["restart", "", 1, f"{1e3 * restart:.0f}", "", ""])
-    table = markdown(["case", "direction", "switches", "median ms", "p99 ms", "decode step ms (DP / TP)"], rows)
-    write("switch", {"cases": cases, "restart_s": restart}, table)
+    table = _table({"idle": idle, f"{arguments.requests} requests, migrate": loaded}, restart)
+    columns = ["requests in flight", "TPOT ms", "longest gap of a request, P50 ms", "P99 ms"]
+    rows = [[name, *(f"{g[k]:.0f}" for k in ("tpot_ms", "longest_gap_p50_ms", "longest_gap_p99_ms"))] for name, g in gaps.items()]
+    write("switch", {"idle": idle, "loaded": loaded, "gaps": gaps, "restart_s": restart}, f"{table}\n\n{markdown(columns, rows)}")
 
 
-def measure(server: Server, repeats: int) -> dict[str, Any]:
-    """POST to reply, in milliseconds, pausing what runs."""
-    times: dict[str, list[float]] = {"merge": [], "split": []}
-    phases: list[dict[str, float]] = []
+def measure(server: Server, repeats: int, method: str, pause_s: float = 0.05) -> list[dict[str, Any]]:
+    """Merges and splits; every record with its `reply_ms`, POST to reply."""
+    records = []
     for index in range(repeats):
-        for direction, groups in (("merge", [[0, 1]]), ("split", [[0], [1]])):
+        for groups in (TP, DP):
             started = time.perf_counter()
-            record = server.switch(groups, method="pause")
-            times[direction].append(1e3 * (time.perf_counter() - started))
-            phases.append(record["seconds"])
-            time.sleep(0.05)
+            record = server.switch(groups, method=method, timeout_s=120)
+            records.append({**record, "reply_ms": 1e3 * (time.perf_counter() - started)})
+            time.sleep(pause_s)
         print(f"\r{index + 1} of {repeats} merges and splits", end="", flush=True)
     print(flush=True)
-    return {"ms": times, "phases": phases}
+    return records
 
 
-def under_load(server: Server, repeats: int, requests: int) -> dict[str, Any]:
-    """The same while requests of both layouts are in flight; the step that a switch has to wait for beside it."""
-    steps = []
-    for groups in ([[0], [1]], [[0, 1]]):
-        server.switch(groups)
-        steps.append(1e3 * run_load(server.url, server.model, requests, 64, 32, seed=1)["tpot_s"])
-    server.switch([[0], [1]])
-    stop = threading.Event()
+def _table(cases: dict[str, list[dict[str, Any]]], restart_s: float) -> str:
+    rows: list[list[Any]] = []
+    for name, records in cases.items():
+        for direction, groups in (("merge", TP), ("split", DP)):
+            chosen = [record for record in records if record["to"] == groups]
+            replies = [record["reply_ms"] for record in chosen]
+            stopped = [1e3 * (r["seconds"]["total"] - r["seconds"]["prepare"] - r["seconds"]["extend"]) for r in chosen]
+            moved = sum(record["requests"]["moved"] for record in chosen) / len(chosen)
+            megabytes = sum(record["kv"]["bytes"] for record in chosen) / len(chosen) / 1e6
+            rows.append([name, direction, f"{median(replies):.1f}", f"{_p99(replies):.1f}", f"{median(stopped):.1f}",
+                         f"{moved:.1f}", f"{megabytes:.2f}"])  # fmt: skip
+    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", "", "", "", ""])
+    columns = ["case", "direction", "reply, median ms", "p99 ms", "engines at rest, median ms", "requests moved", "MB between workers"]
+    return markdown(columns, rows)
 
-    def keep_busy(seed: int) -> None:
-        while not stop.is_set():
-            (prompt,) = prompts(1, 64, seed)
-            server.tokens(prompt, 64)
-            seed += 100
 
-    threads = [threading.Thread(target=keep_busy, args=(seed,)) for seed in range(requests)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.0)
-    result = measure(server, repeats)
-    stop.set()
-    while any(thread.is_alive() for thread in threads):
-        for groups in ([[0, 1]], [[0], [1]]):
-            server.switch(groups, method="drain", timeout_s=120)
-    return {**result, "step_ms": " / ".join(f"{step:.1f}" for step in steps)}
+def _p99(values: list[float]) -> float:
+    return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 if __name__ == "__main__":

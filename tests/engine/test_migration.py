@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logprobs": {"prompt": PROMPTS[1], "max_tokens": 50, "logprobs": 2},
     "prompt logprobs": {"prompt": PROMPTS[3], "max_tokens": 40, "prompt_logprobs": 1},
     "several": {"prompt": PROMPTS[0], "max_tokens": 50, "n": 2, "temperature": 0.9, "seed": 5},
+    "urgent": {"prompt": PROMPTS[2], "max_tokens": 70, "priority": -3},
     "bad words": {"prompt": "hello", "max_tokens": 60, "bad_words": ["a", "e"]},
     "grammar": {"prompt": "hello", "max_tokens": 60, "ignore_eos": False,
                 "structured_outputs": {"regex": "(ab|cd){12}[0-9]{20}"}},
@@ -43,7 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
 def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = make_checkpoint("llama", checkpoints)
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ("--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1")
+    arguments = (
+        "--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1",
+        "--scheduling-policy", "priority",
+    )  # fmt: skip
     with Server(model, log, *arguments, kv_bytes=8 << 20) as running:
         yield running
 
@@ -159,6 +163,23 @@ def test_full_engines_migrate_in_waves(server: Server) -> None:
     assert back["requests"]["paused"] == 0
     assert server.scheduled_tokens() - before == sum(len(prompt) + 300 - 1 for prompt in prompts)
     assert tokens == [server.tokens(prompt, 300) for prompt in prompts]
+
+
+def test_a_switch_that_would_strand_every_request_is_undone(server: Server) -> None:
+    prompts = random_prompts(80, [1300] * 6)  # 21 pages of 64 tokens each, of 127 in the merged group
+    server.switch(TP)
+    streams = [Background(server, prompt, 40) for prompt in prompts]
+    for stream in streams:
+        stream.wait_for_tokens()
+    response = server.try_switch(DP, method="migrate")
+    if response.status_code == 200:  # some had finished: then all must have found room
+        assert response.json()["requests"]["paused"] == 0, response.text
+    else:
+        assert response.status_code == 500 and "finds room" in response.text, response.text
+        assert response.json()["record"]["outcome"] == "rolled_back"
+    tokens = [stream.tokens() for stream in streams]
+    server.switch(DP, method="migrate")
+    assert tokens == [server.tokens(prompt, 40) for prompt in prompts]
 
 
 def test_paused_requests_are_fetched_into_the_present_layout(server: Server) -> None:

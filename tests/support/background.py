@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
+
+import httpx
 
 from tests.support.server import Server
 
@@ -37,10 +40,10 @@ class Background:
                 if response.status_code != 200:
                     self.error = f"HTTP {response.status_code}: {response.read().decode()[:500]}"
                     return
-                for line in response.iter_lines():
+                for line in _lines(response):
                     if self._give_up.is_set():
                         return
-                    if line.startswith("data: {"):
+                    if line.startswith(b"data: {"):
                         self._take(json.loads(line[6:]))
         except Exception as error:
             self.error = repr(error)
@@ -81,6 +84,14 @@ class Background:
         self._thread.join()
         assert self.error is None, self.error
         return self._ids
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Lines as server-sent events have them. httpx's own also end at U+2028 and others, which random text holds."""
+    rest = b""
+    for piece in response.iter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
 
 
 def wait_for(server: Server, what: str, count: int) -> None:

@@ -162,11 +162,12 @@ class SwitchTransaction:
             problem = self._lack_of_pages()
             if problem:
                 return self.failed(None, problem)
+        problem = self._stranded() if self.phase is Phase.ADMIT else None
         if self.phase is Phase.PROVE:
             problem = self._broken_proof()
-            if problem:
-                self.failure = problem
-                return self._enter(Phase.MOVE_BACK)
+        if problem:
+            self.failure = problem
+            return self._enter(Phase.MOVE_BACK)
         if self._failed and self.phase in POINTS_OF_NO_RETURN:
             self.phase = Phase.FAILED
             return []
@@ -270,6 +271,15 @@ class SwitchTransaction:
                     "drain instead of pausing, or wait until some finish"
                 )
         return None
+
+    def _stranded(self) -> str | None:
+        """Begun requests would all be left behind in a layout that is no more, maybe for ever."""
+        if self.source == self.target or not self.journey.offers or self.journey.arrived:
+            return None
+        return (
+            f"none of {len(self.journey.offers)} begun requests finds room in the new layout, whose free pages are too "
+            "few; wait until some finish, or drain instead of migrating"
+        )
 
     def _broken_proof(self) -> str | None:
         changed = set(self.engines)

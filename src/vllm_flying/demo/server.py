@@ -6,6 +6,7 @@ Standard library and httpx.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -43,6 +44,7 @@ class DemoServer:
             sys.executable, "-m", "vllm_flying.cli", "serve", str(model), "--data-parallel-size", str(engines),
             "--api-server-count", "1", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048",
             "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20),
+            "--additional-config", json.dumps({"flying": {"policy": "manual"}}),  # the demo switches by itself
         ]  # fmt: skip
         cores = sorted(os.sched_getaffinity(0))
         binding = "|".join(str(cores[engine % len(cores)]) for engine in range(engines))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_flying.core.topology import Layout, LayoutError
 from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
-from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, switch_lock
+from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
 from vllm_flying.frontend.engines import EngineCalls
 from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.record import PHASES, add_wave, switch_record
@@ -26,6 +26,9 @@ logger = init_logger("vllm.flying.switch")
 
 # When to look for requests that were on their way to an engine while it was being parked.
 COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
+# When to look again for room for requests that a migration left behind.
+FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, *[5.0] * 100)
+FETCHING = "paused requests"
 UNDO_LIMIT_S = 10.0
 # Waves of a migration that hasn't room for all requests at once: each frees pages for the next.
 MAX_WAVES = 32
@@ -89,6 +92,8 @@ class Switcher:
                 record = add_wave(record, wave)
         metrics().switched(record)
         self._collect_later(transaction)
+        if transaction.journey.staying and reason != FETCHING:
+            self._later(self._fetch_paused(transaction.target))
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
             record["epoch"], record["from"], record["to"], reason, chosen, 1e3 * record["seconds"]["total"],
@@ -172,9 +177,26 @@ class Switcher:
     def _collect_later(self, transaction: SwitchTransaction) -> None:
         parked = [engine for engine in transaction.engines if transaction.target.group_of(engine)[0] != engine]
         if parked:
-            task = asyncio.ensure_future(self._collect(parked, transaction.target))
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
+            self._later(self._collect(parked, transaction.target))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _fetch_paused(self, layout: Layout) -> None:
+        """Requests that found no room move as soon as there is some: a pause must not become for ever."""
+        for wait_s in FETCH_AFTER_S:
+            await asyncio.sleep(wait_s)
+            if self.layout() != layout:
+                return
+            try:
+                record = await self.switch(layout, "migrate", reason=FETCHING)
+            except (SwitchPendingError, SwitchFailed) as error:
+                logger.debug("Paused requests could not be fetched now: %s", error)
+                continue
+            if not record["requests"]["paused"]:
+                return
 
     async def _collect(self, parked: list[int], layout: Layout) -> None:
         """Hand on requests that reached an engine after it was parked, before every router knew."""
