@@ -14,7 +14,7 @@ from tests.support.background import Background
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
 from tests.support.server import Server
-from vllm_flying.cli import main as cli
+from vllm_flying.cli.main import run as vllm_flying
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
@@ -86,9 +86,9 @@ def test_decisions_are_written_told_and_counted(
     entries = [json.loads(line) for line in audit.read_text().splitlines()]
     splits = [entry for entry in entries if entry["to"] == [[0], [1]] and entry["outcome"] == "committed"]
     assert splits and {entry["rule"] for entry in splits} == {"long_context"}
-    assert cli.run(["explain", "--url", server.url]) == 0
+    assert vllm_flying(["explain", "--url", server.url]) == 0
     assert "long_context: from [[0, 1]] to [[0], [1]], because no request needs" in capsys.readouterr().out
-    assert cli.run(["explain", "--file", str(audit)]) == 0
+    assert vllm_flying(["explain", "--file", str(audit)]) == 0
     text = server.client.get("/metrics").text
     for name in ("switches_total", "switch_phase_seconds_bucket", "decisions_total", "engine_width"):
         assert f"vllm_flying_{name}" in text, name

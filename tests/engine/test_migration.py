@@ -149,7 +149,7 @@ def test_no_token_is_computed_twice(server: Server) -> None:
 
 
 def test_full_engines_migrate_in_waves(server: Server) -> None:
-    prompts = random_prompts(78, [1000] * 6)
+    prompts = random_prompts(78, [800] * 6)
     before = server.scheduled_tokens()
     streams = [Background(server, prompt, 300) for prompt in prompts]
     for stream in streams:

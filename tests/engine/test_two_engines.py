@@ -111,7 +111,8 @@ def test_text_features(server: Server, layout: str) -> None:
             "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
     with server.client.stream("POST", "/v1/chat/completions", json=body) as stream:
         layout_header = stream.headers["x-flying-layout"]
-        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        lines = stream.read().split(b"\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
     assert layout_header.startswith("tp1; engines=" if layout == "dp" else "tp2; engines=0,1")
     assert chunks[-1]["usage"]["completion_tokens"] == 12
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import httpx
@@ -42,6 +43,15 @@ class Chat:
         return max((b - a for a, b in zip(self.token_times, self.token_times[1:])), default=0.0)
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines as server-sent events have them. httpx's own also end at U+2028 and others, which text may hold."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+
+
 async def stream_chat(client: httpx.AsyncClient, model: str, chat: Chat, max_tokens: int) -> None:
     """Send the question; fill `chat` while the answer streams in."""
     body = {
@@ -58,8 +68,8 @@ async def stream_chat(client: httpx.AsyncClient, model: str, chat: Chat, max_tok
                 chat.error = f"HTTP {response.status_code}: {(await response.aread()).decode()[:200]}"
                 return
             chat.layout = response.headers.get("x-flying-layout", "")
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
+            async for line in _lines(response):
+                if not line.startswith(b"data: {"):
                     continue
                 part = json.loads(line[6:])
                 if "error" in part:  # vLLM reports a failure after the start of the stream as a part of it
