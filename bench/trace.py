@@ -94,7 +94,7 @@ async def replay(
 ) -> tuple[list[tuple[Arrival, Timing]], list[tuple[float, list[list[int]]]]]:
     """Send every request at its time; times in the result count from the start."""
     layouts: list[tuple[float, list[list[int]]]] = []
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # the server closes idle ones
     async with httpx.AsyncClient(base_url=server.url, timeout=900.0, limits=limits) as client:
         for _ in range(2):  # both engines warm
             await asyncio.gather(*[complete(client, server.model, p, 4) for p in prompts(4, 64, 7)])

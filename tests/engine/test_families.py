@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -15,19 +16,21 @@ pytestmark = pytest.mark.engine
 
 PROMPTS = random_prompts(31, (45, 90))
 CASES = [
-    ("qwen2", "tiles"),
-    ("qwen3", "views"),
-    ("gemma", "tiles"),
-    ("phi", "tiles"),
-    ("phi", "views"),
-    ("gpt2", "tiles"),
+    ("qwen2", "tiles", False),
+    pytest.param("qwen2", "tiles", True, marks=pytest.mark.skipif(not which("g++"), reason="Inductor needs a compiler")),
+    ("qwen3", "views", False),
+    ("gemma", "tiles", False),
+    ("phi", "tiles", False),
+    ("phi", "views", False),
+    ("gpt2", "tiles", False),
 ]
 
 
-@pytest.mark.parametrize(("family", "weights"), CASES)
-def test_family(checkpoints: Path, tmp_path: Path, family: str, weights: str) -> None:
+@pytest.mark.parametrize(("family", "weights", "compiled"), CASES)
+def test_family(checkpoints: Path, tmp_path: Path, family: str, weights: str, compiled: bool) -> None:
     model = make_checkpoint(family, checkpoints)
-    arguments = ("--max-model-len", "1024", "--api-server-count", "1")
+    compile_flag = ("--no-enforce-eager",) if compiled else ()
+    arguments = ("--max-model-len", "1024", "--api-server-count", "1", *compile_flag)
     with Server(model, tmp_path / "log", *arguments, settings={"weights": weights}) as server:
         alone = [server.nll(prompt) for prompt in PROMPTS]
         tokens = [server.tokens(prompt, 20) for prompt in PROMPTS]

@@ -37,9 +37,9 @@ class Controller:
     """State between observations."""
 
     policy: Policy
-    margin: float = 0.1
+    margin: float = 0.2
     """A plan must be this much better than staying, as a share of the time predicted for staying."""
-    cooldown_s: float = 1.0
+    cooldown_s: float = 2.0
     switch_s: float = 0.05
     """What a switch costs, measured."""
     held_until: float = 0.0

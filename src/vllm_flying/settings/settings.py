@@ -48,18 +48,18 @@ class Settings:
     switch_timeout_s: float = 30.0
     """Seconds after which a switch that names no limit is rolled back."""
 
-    policy: str = "auto"
-    """What decides on layouts: `auto` (the layout that serves the present load first, and whatever a request needs),
-    `load` and `long_context` (its two parts), `manual` (requests to the switch route and hints only), or the name of a
-    policy that another package offers. See docs/policies.md."""
+    policy: str = "manual"
+    """What decides on layouts: `manual` (the switch route and hints only), `auto` (the layout that serves the present
+    load first, and whatever a request needs), `load` and `long_context` (its two parts), or the name of a policy that
+    another package offers. See docs/policies.md."""
 
     interval_s: float = 0.25
     """Seconds between two looks of the controller."""
 
-    cooldown_s: float = 1.0
+    cooldown_s: float = 2.0
     """Seconds that the controller leaves between two switches; doubled while it flaps."""
 
-    margin: float = 0.1
+    margin: float = 0.2
     """How much sooner, as a share, the load must be served in another layout before the controller switches."""
 
     manual_hold_s: float = 30.0
