@@ -14,6 +14,18 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def _stolen_seconds() -> float:
+    """Seconds, over all cores since boot, that the host gave to others while this machine wanted to run."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()
+    except OSError:
+        return 0.0
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+
+
+STOLEN_BEFORE = _stolen_seconds()
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to place the figures."""
     versions = {}
@@ -25,7 +37,8 @@ def machine() -> dict[str, Any]:
     model_name = next(
         (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
-    return {"cpu": model_name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+    return {"cpu": model_name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions,
+            "stolen_s": round(_stolen_seconds() - STOLEN_BEFORE, 1)}  # fmt: skip
 
 
 def write(name: str, data: dict[str, Any], table: str) -> Path:

@@ -78,13 +78,18 @@ def main() -> None:
             gaps[name] = clients.gaps()
             print(name, gaps[name], flush=True)
         with Clients(server, arguments.requests) as clients:
-            loaded = measure(server, arguments.repeats, "migrate", pause_s=1.0)
+            migrating = measure(server, arguments.repeats, "migrate", pause_s=1.0)
         gaps["a switch every second"] = clients.gaps()
+        with Clients(server, arguments.requests):
+            pausing = measure(server, arguments.repeats, "pause", pause_s=0.5)
+            server.switch(DP, method="migrate", timeout_s=120)
         restart = server.start_seconds
-    table = _table({"idle": idle, f"{arguments.requests} requests, migrate": loaded}, restart)
+    in_flight = f"{arguments.requests} requests"
+    table = _table({"idle": idle, f"{in_flight}, migrate": migrating, f"{in_flight}, pause": pausing}, restart)
     columns = ["requests in flight", "TPOT ms", "longest gap of a request, P50 ms", "P99 ms"]
     rows = [[name, *(f"{g[k]:.0f}" for k in ("tpot_ms", "longest_gap_p50_ms", "longest_gap_p99_ms"))] for name, g in gaps.items()]
-    write("switch", {"idle": idle, "loaded": loaded, "gaps": gaps, "restart_s": restart}, f"{table}\n\n{markdown(columns, rows)}")
+    data = {"idle": idle, "migrate": migrating, "pause": pausing, "gaps": gaps, "restart_s": restart}
+    write("switch", data, f"{table}\n\n{markdown(columns, rows)}")
 
 
 def measure(server: Server, repeats: int, method: str, pause_s: float = 0.05) -> list[dict[str, Any]]:
@@ -107,13 +112,16 @@ def _table(cases: dict[str, list[dict[str, Any]]], restart_s: float) -> str:
         for direction, groups in (("merge", TP), ("split", DP)):
             chosen = [record for record in records if record["to"] == groups]
             replies = [record["reply_ms"] for record in chosen]
+            waited = [1e3 * r["seconds"]["prepare"] for r in chosen]
             stopped = [1e3 * (r["seconds"]["total"] - r["seconds"]["prepare"] - r["seconds"]["extend"]) for r in chosen]
             moved = sum(record["requests"]["moved"] for record in chosen) / len(chosen)
             megabytes = sum(record["kv"]["bytes"] for record in chosen) / len(chosen) / 1e6
-            rows.append([name, direction, f"{median(replies):.1f}", f"{_p99(replies):.1f}", f"{median(stopped):.1f}",
+            rows.append([name, direction, f"{median(replies):.1f}", f"{_p99(replies):.1f}", f"{median(waited):.1f}",
+                         f"{median(stopped):.1f}",
                          f"{moved:.1f}", f"{megabytes:.2f}"])  # fmt: skip
-    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", "", "", "", ""])
-    columns = ["case", "direction", "reply, median ms", "p99 ms", "engines at rest, median ms", "requests moved", "MB between workers"]
+    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", "", "", "", "", ""])
+    columns = ["case", "direction", "reply, median ms", "p99 ms", "of that, prepare: steps in flight, median ms",
+               "engines at rest, median ms", "requests moved", "MB between workers"]
     return markdown(columns, rows)
 
 

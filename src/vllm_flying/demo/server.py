@@ -56,7 +56,7 @@ class DemoServer:
         started = time.monotonic()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, process_group=0
             )
         try:
             self._wait_until_ready(started)
