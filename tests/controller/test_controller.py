@@ -93,14 +93,14 @@ def test_constant_load_never_makes_it_oscillate(running: int, queued: int, rate:
         decision = controller.decide(seen)
         if decision.act and decision.plan is not None:
             layout, switches = decision.plan.layout, switches + 1
-            controller.switched(time, 0.03, layout)
+            controller.switched(time, 0.03)
     assert switches <= 1
 
 
 def test_cooldown_margin_and_operators_hold_it_back() -> None:
     controller = Controller(auto, margin=0.0, cooldown_s=2.0, switch_s=0.0)
     assert controller.decide(observation(DP, 100.0)).act
-    controller.switched(100.0, 0.01, TP)
+    controller.switched(100.0, 0.01)
     assert "cooldown" in controller.decide(observation(DP, 101.0)).verdict
     assert controller.decide(observation(DP, 102.5)).act
     controller.hold(110.0)
@@ -112,7 +112,7 @@ def test_cooldown_margin_and_operators_hold_it_back() -> None:
 def test_flapping_lengthens_the_cooldown() -> None:
     controller = Controller(auto, cooldown_s=1.0)
     for second in range(12):
-        controller.switched(100.0 + second, 0.01, TP)
+        controller.switched(100.0 + second, 0.01)
     assert controller.cooldown(112.0) == 4.0 and controller.cooldown(200.0) == 1.0
 
 

@@ -281,6 +281,19 @@ def test_a_group_without_pages_is_refused_before_anything_moves() -> None:
     assert "no KV pages" in (transaction.failure or "")
 
 
+def test_a_migration_that_would_leave_every_request_behind_is_undone() -> None:
+    transaction = SwitchTransaction(1, Layout.of([[0, 1]], 2), Layout.separate(2), "migrate")
+    transaction.start()
+    for engine in (0, 1):
+        transaction.replied(engine, {"free_pages": 0, "returnable_pages": 1, "begun": 1, "paused_widths": [2]})
+    offer = {"request_id": "r", "width": 2, "tokens": 500, "pages": [1, 2], "packed": b"r"}
+    transaction.replied(0, {"free_tokens": 32, "offers": [offer]})
+    calls = transaction.replied(1, {"free_tokens": 32, "offers": []})
+    assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0, 1])] * 2
+    assert not any(call.arguments["offering"] for call in calls)
+    assert "none of 1 begun requests finds room" in (transaction.failure or "")
+
+
 def test_a_wrong_proof_is_undone() -> None:
     transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "pause")
     transaction.start()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.background import Background, wait_for
+from tests.support.background import Background, wait_for, wait_for_free_pages
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
 from tests.support.server import Server
@@ -57,11 +57,7 @@ def nothing_left(server: Server) -> Iterator[None]:
     """Every test ends with all pages free on every engine, in every layout's pool."""
     yield
     server.switch(DP, method="migrate")
-    deadline = time.monotonic() + 20
-    wanted = [{"1": {"owned": PAGES, "used": 0}, "2": {"owned": 0, "used": 0}}] * 2
-    while (pages := [engine["pages"] for engine in server.status()["engines"]]) != wanted:
-        assert time.monotonic() < deadline, pages
-        time.sleep(0.1)
+    wait_for_free_pages(server, PAGES, limit_s=20)
 
 
 def answer(server: Server, case: dict[str, Any]) -> Any:

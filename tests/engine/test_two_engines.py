@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.background import Background, wait_for
+from tests.support.background import Background, wait_for, wait_for_free_pages
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
 from tests.support.reference import Reference
@@ -69,15 +69,7 @@ def nothing_left(server: Server) -> Iterator[None]:
     """Every test ends with all pages free on every engine, in every layout's pool."""
     yield
     server.switch(DP, method="drain")
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        engines = server.status()["engines"]
-        if all(pool["used"] == 0 for engine in engines for pool in engine["pages"].values()):
-            break
-        time.sleep(0.1)
-    assert [engine["pages"] for engine in engines] == [
-        {"1": {"owned": 31, "used": 0}, "2": {"owned": 0, "used": 0}}
-    ] * 2
+    wait_for_free_pages(server, 31, limit_s=10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

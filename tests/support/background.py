@@ -94,6 +94,15 @@ def _lines(response: httpx.Response) -> Iterator[bytes]:
         yield from lines
 
 
+def wait_for_free_pages(server: Server, owned: int, limit_s: float) -> None:
+    """Until every one of two engines owns `owned` pages by itself, all free, and none in a group."""
+    wanted = [{"1": {"owned": owned, "used": 0}, "2": {"owned": 0, "used": 0}}] * 2
+    deadline = time.monotonic() + limit_s
+    while (pages := [engine["pages"] for engine in server.status()["engines"]]) != wanted:
+        assert time.monotonic() < deadline, pages
+        time.sleep(0.1)
+
+
 def wait_for(server: Server, what: str, count: int) -> None:
     """Until the groups together report `count` requests `what` (running, waiting, paused)."""
     deadline = time.monotonic() + WAIT_S

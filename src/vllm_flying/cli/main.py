@@ -1,4 +1,4 @@
-"""Command line: dispatches to serve, status, switch and doctor.
+"""Command line: dispatches to serve, status, switch, explain and doctor.
 
 Imports neither torch nor vllm; `serve` and `doctor` do when they run.
 """

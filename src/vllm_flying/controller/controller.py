@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from vllm_flying.controller.observation import Observation
 from vllm_flying.controller.plan import Plan
 from vllm_flying.controller.policies import Policy, predicted_seconds
-from vllm_flying.core.topology import Layout
 
 logger = logging.getLogger("vllm.flying.controller")
 
@@ -83,7 +82,7 @@ class Controller:
         recent = sum(1 for time in self._switches if now - time < FLAPPING_S)
         return min(LONGEST_COOLDOWN_S, self.cooldown_s * float(2 ** (recent // FLAPPING_SWITCHES)))
 
-    def switched(self, now: float, seconds: float, target: Layout) -> None:
+    def switched(self, now: float, seconds: float) -> None:
         """A switch was carried out: its cost is learned."""
         self._switches.append(now)
         self.switch_s += 0.3 * (seconds - self.switch_s)

@@ -29,12 +29,6 @@ def uniform(observation: Observation, width: int) -> Layout:
     return Layout(tuple(groups_of_width(width, observation.layout.num_engines)))
 
 
-def width_of(layout: Layout) -> int | None:
-    """The width of a uniform layout; None for a mixed one."""
-    widths = {len(group) for group in layout.groups}
-    return widths.pop() if len(widths) == 1 else None
-
-
 def least_width(observation: Observation) -> int:
     """The narrowest widest-group that every unfinished request can live with: its KV fits, its hint is honoured."""
     needed = max((group.largest_request for group in observation.groups), default=0)

@@ -64,7 +64,6 @@ class SwitchTransaction:
     phase: Phase = Phase.PREPARE
     failure: str | None = None
     prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
-    moved: dict[int, dict[str, Any]] = field(default_factory=dict)
     proof: list[dict[str, Any]] = field(default_factory=list)
     committed: dict[int, dict[str, Any]] = field(default_factory=dict)
     journey: Journey = field(init=False)
@@ -108,7 +107,6 @@ class SwitchTransaction:
         if self.phase is Phase.PREPARE:
             self.prepared[engine] = result
         elif self.phase is Phase.MOVE:
-            self.moved[engine] = result
             self.journey.moved(engine, result)
         elif self.phase is Phase.ADMIT:
             self.journey.admitted(engine, result)
@@ -214,7 +212,7 @@ class SwitchTransaction:
         return Call(engine, "commit", {**arguments, **self.journey.outcome(engine)})
 
     def _moves(self, layout: Layout) -> list[Call]:
-        offering = self.migrates and layout is self.target
+        offering = self.migrates and self.phase is Phase.MOVE
         return [
             Call(
                 engine,

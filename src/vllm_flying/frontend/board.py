@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,19 @@ class LayoutBoard:
 
 
 @contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file; BlockingIOError at once if anyone else does. Freed when its process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+@contextmanager
 def switch_lock(directory: Path) -> Iterator[None]:
-    """Hold the server's switch lock; SwitchPendingError at once if anyone else does. Freed when its process dies."""
-    with (directory / LOCK_FILE).open("w") as file:
+    """Hold the server's switch lock; SwitchPendingError at once if anyone else does."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(file_lock(directory / LOCK_FILE))
         except BlockingIOError:
             raise SwitchPendingError("another switch is under way; ask again when it is over") from None
         yield

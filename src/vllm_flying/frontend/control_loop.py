@@ -6,7 +6,6 @@ May import vllm indirectly. A lock file lets one API server do it; another takes
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from vllm_flying.controller.controller import Controller, Decision
 from vllm_flying.controller.observation import Observation, RateTracker
 from vllm_flying.controller.policies import policy_by_name
 from vllm_flying.frontend.audit import AuditLog
-from vllm_flying.frontend.board import SwitchPendingError
+from vllm_flying.frontend.board import SwitchPendingError, file_lock
 from vllm_flying.frontend.engines import EngineCalls
 from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.observe import observe
-from vllm_flying.frontend.switcher import Switcher, SwitchFailed
+from vllm_flying.frontend.switcher import OPERATOR, Switcher, SwitchFailed
 from vllm_flying.settings import Settings
 
 logger = init_logger("vllm.flying.controller")
@@ -30,7 +29,6 @@ LOCK_FILE = "controller.lock"
 DECISIONS_FILE = "decisions.jsonl"
 RETRY_S = 5.0
 STATUS_LIMIT_S = 30.0
-OPERATOR = "operator"
 CONTROLLER = "controller"
 
 
@@ -51,21 +49,22 @@ class ControlLoop:
 
     async def run(self) -> None:
         """Until the server ends."""
-        with (self._directory / LOCK_FILE).open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(RETRY_S)
-            await self._engines.call_all("probe")
-            logger.info("The controller runs here: policy %s.", self._settings.policy)
-            while True:
-                await asyncio.sleep(self._settings.interval_s)
-                try:
-                    await self._look()
-                except (SwitchPendingError, SwitchFailed, TimeoutError) as error:
-                    logger.debug("The controller's turn came to nothing: %s", error)
+        while True:
+            try:
+                with file_lock(self._directory / LOCK_FILE):
+                    await self._govern()
+            except BlockingIOError:  # another API server does it
+                await asyncio.sleep(RETRY_S)
+
+    async def _govern(self) -> None:
+        await self._engines.call_all("probe")
+        logger.info("The controller runs here: policy %s.", self._settings.policy)
+        while True:
+            await asyncio.sleep(self._settings.interval_s)
+            try:
+                await self._look()
+            except (SwitchPendingError, SwitchFailed, TimeoutError) as error:
+                logger.debug("The controller's turn came to nothing: %s", error)
 
     async def _look(self) -> None:
         statuses = await asyncio.wait_for(self._engines.call_all("status"), STATUS_LIMIT_S)
@@ -97,11 +96,11 @@ class ControlLoop:
             record = await self._switcher.switch(
                 plan.layout, self._settings.switch_method, self._settings.switch_timeout_s, f"{CONTROLLER}: {plan.rule}"
             )
-            self.controller.switched(time.monotonic(), record["seconds"]["total"], plan.layout)
+            self.controller.switched(time.monotonic(), record["seconds"]["total"])
             metrics().decided(plan.rule, True, plan.gain_s)
         except SwitchFailed as failed:
             record = failed.record
-            self.controller.switched(time.monotonic(), self._settings.switch_timeout_s, plan.layout)
+            self.controller.switched(time.monotonic(), self._settings.switch_timeout_s)
             raise
         finally:
             if record is not None:

@@ -55,9 +55,9 @@ class Router:
                         statuses = await self.engines.call_all("status")
                         groups = tuple(BoardGroup((s["engine"],), s["kv_tokens_capacity"]) for s in statuses)
                         self._board.publish(BoardState(0, self.settings.engine_tp, groups))
+                        metrics().layout([list(group.engines) for group in groups])
             except SwitchPendingError:
                 await asyncio.sleep(PENDING_RETRY_S)
-            metrics().layout([list(group.engines) for group in self._board.read().groups])
         if self._control is None and self.settings.policy != "manual":
             loop = ControlLoop(self.engines, self.switcher, self.directory, self.settings)
             self._control = asyncio.ensure_future(loop.run())

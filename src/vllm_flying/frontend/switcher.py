@@ -28,6 +28,8 @@ logger = init_logger("vllm.flying.switch")
 COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
 # When to look again for room for requests that a migration left behind.
 FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, *[5.0] * 100)
+# Reasons of switches: asked for by hand; for requests left behind. Hints and the controller name their own.
+OPERATOR = "operator"
 FETCHING = "paused requests"
 UNDO_LIMIT_S = 10.0
 # Waves of a migration that hasn't room for all requests at once: each frees pages for the next.
@@ -73,7 +75,7 @@ class Switcher:
         return target
 
     async def switch(
-        self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = "operator"
+        self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = OPERATOR
     ) -> dict[str, Any]:
         """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else."""
         chosen = "migrate" if method == "auto" else method

@@ -6,7 +6,6 @@ a step. The switcher in an API server sends the calls; see docs/architecture.md 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cached_property
@@ -43,7 +42,6 @@ class EngineAgent:
         self.group: Group = (self.engine,)
         self.epoch = 0
         self._preparing: int | None = None
-        self._previous_group: Group = self.group
         self._parked_call: Any = None
         self._resting: Future[dict[str, Any]] | None = None
         self._draining = False
@@ -168,7 +166,6 @@ class EngineAgent:
         if epoch <= self.epoch:
             raise SwitchRefused(f"engine {self.engine} is at epoch {self.epoch}; epoch {epoch} is over")
         self._preparing = epoch
-        self._previous_group = self.group
         facade = self.facade
         facade.holding = True
         if not facade.parked:
@@ -206,18 +203,12 @@ class EngineAgent:
         With `offering` the reply lists the begun requests that the new layout doesn't run.
         """
         self._check_prepared(epoch)
-        started = time.perf_counter()
         self._drop_arrivals()
         self._leave()
-        left = time.perf_counter()
         offers = self._offers(tuple(group)) if offering else []
-        offered = time.perf_counter()
         self._join(tuple(group), lease, epoch)
         pool = self.facade.pools[self.facade.active_width]
         return {
-            "leave_s": left - started,
-            "offer_s": offered - left,
-            "join_s": time.perf_counter() - offered,
             "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
             "offers": offers,
         }

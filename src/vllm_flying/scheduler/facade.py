@@ -76,6 +76,7 @@ class FlyingScheduler(SchedulerInterface):
         """A switch is being prepared: no steps."""
         self.held: list[Request] = []
         self.meter = EngineMeter(self.schedulers)
+        self._measures = settings.policy != "manual"  # nobody else asks what steps cost
         self.scheduled_tokens = 0
         """Tokens computed since start, in all widths."""
         self.on_abort: Callable[[list[str] | None], None] = lambda request_ids: None
@@ -196,7 +197,8 @@ class FlyingScheduler(SchedulerInterface):
         output = self.active.schedule(throttle_prefills)
         self._width_of_step[id(output)] = self.active_width
         self.scheduled_tokens += output.total_num_scheduled_tokens
-        self.meter.step_begins(output, self.active.requests)
+        if self._measures:
+            self.meter.step_begins(output, self.active.requests)
         return output
 
     @property

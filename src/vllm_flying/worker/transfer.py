@@ -45,7 +45,7 @@ def layer_pages(runner: Any, kernel_blocks: int) -> list[torch.Tensor]:
 
 
 class Transfer:
-    """One worker's part in copying the KV of `moves` whose span is the group of `communicator`."""
+    """One worker's part in copying the KV of `moves` whose span is `span`."""
 
     def __init__(self, moves: Sequence[KVMove], span: Group, place: TransferPlace, staging_bytes: int) -> None:
         self._moves = [move for move in moves if move.span == span]
@@ -60,21 +60,26 @@ class Transfer:
         parts = units_per_page(self._span, self._place.kernel_blocks)
         pool = [layer.view(-1, layer.shape[1] // parts) for layer in layers]
         device = pool[0].device
-        sends = [self._indices(self._place.engine, other, parts, device)[0] for other in self._span]
-        receives = [self._indices(other, self._place.engine, parts, device)[1] for other in self._span]
+        sends = [self._leaving(other, parts, device) for other in self._span]
+        receives = [self._arriving(other, parts, device) for other in self._span]
         mine = self._span.index(self._place.engine)
         for view in pool:
             if len(sends[mine]):
                 view.index_copy_(0, receives[mine], view.index_select(0, sends[mine]))
         sends[mine] = receives[mine] = sends[mine][:0]
         unit_bytes = pool[0].shape[1] * 8
-        self.bytes_moved = int(self._traffic().sum()) * unit_bytes * len(pool)
-        self._exchange(pool, sends, receives, unit_bytes, process_group)
+        traffic = self._traffic() * unit_bytes
+        self.bytes_moved = int(traffic.sum()) * len(pool)
+        self._exchange(pool, sends, receives, self._rounds(len(pool), traffic), process_group)
 
     def _exchange(
-        self, pool: list[torch.Tensor], sends: list[Any], receives: list[Any], unit_bytes: int, process_group: Any
+        self,
+        pool: list[torch.Tensor],
+        sends: list[Any],
+        receives: list[Any],
+        rounds: list[tuple[range, int, int]],
+        process_group: Any,
     ) -> None:
-        rounds = self._rounds(len(pool), unit_bytes)
         under_way: tuple[Any, torch.Tensor, range, list[Any]] | None = None
         for layers, part, num_parts in rounds:
             outgoing = [_slice(index, part, num_parts) for index in sends]
@@ -111,10 +116,9 @@ class Transfer:
         sizes[first : first + len(self._span)] = by_engine
         return sizes
 
-    def _rounds(self, num_layers: int, unit_bytes: int) -> list[tuple[range, int, int]]:
+    def _rounds(self, num_layers: int, traffic: np.ndarray) -> list[tuple[range, int, int]]:
         """(layers, part, parts) of every round, from the busiest worker of the group, so the same on all of them."""
-        traffic = self._traffic()
-        layer_bytes = int(max(traffic.sum(axis=0).max(), traffic.sum(axis=1).max())) * unit_bytes
+        layer_bytes = int(max(traffic.sum(axis=0).max(), traffic.sum(axis=1).max()))
         if layer_bytes == 0:
             return []
         each = max(1, min(num_layers, self._staging_bytes // layer_bytes))
@@ -131,18 +135,21 @@ class Transfer:
                     traffic[s, t] = sum(num_units(move, source, target) for move in self._moves)
         return traffic
 
-    def _indices(self, source: int, target: int, parts: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the pool, at whichever end this worker is, of everything that goes from `source` to `target`."""
-        from_rows, to_rows = [], []
-        for move in self._moves:
-            units = units_of(move, self._place.kernel_blocks, source, target)
-            if not len(units):
-                continue
-            if source == self._place.engine:
-                from_rows.append(self._rows(move.source, units.source_pages, units.source_places, parts))
-            if target == self._place.engine:
-                to_rows.append(self._rows(move.target, units.target_pages, units.target_places, parts))
-        return _tensor(from_rows, device), _tensor(to_rows, device)
+    def _leaving(self, target: int, parts: int, device: Any) -> torch.Tensor:
+        """Rows of this worker's pool that go to `target`."""
+        pairs = ((move, units_of(move, self._place.kernel_blocks, self._place.engine, target)) for move in self._moves)
+        return _tensor(
+            [self._rows(m.source, units.source_pages, units.source_places, parts) for m, units in pairs if len(units)],
+            device,
+        )
+
+    def _arriving(self, source: int, parts: int, device: Any) -> torch.Tensor:
+        """Rows of this worker's pool that come from `source`, in the order in which they are sent."""
+        pairs = ((move, units_of(move, self._place.kernel_blocks, source, self._place.engine)) for move in self._moves)
+        return _tensor(
+            [self._rows(m.target, units.target_pages, units.target_places, parts) for m, units in pairs if len(units)],
+            device,
+        )
 
     def _rows(self, group: Group, pages: np.ndarray, places: np.ndarray, parts: int) -> np.ndarray:
         own = np.asarray(self._place.physical(len(group), pages.tolist()), dtype=np.int64)
