@@ -80,12 +80,12 @@ class Engine:
                 leader.dissolve()
             elif self.handed_back is None:  # the leader refused to join: what was lent to it was never used
                 self.handed_back = self.last_lent
-            self.own_free.update(self.leases.take_back(len(self.group), self.handed_back or []))
+            self.own_free.update(self.leases.take_back(len(self.group), self.handed_back or []).tolist())
             self.handed_back = None
         self.group = tuple(group)
         if len(group) > 1:
             physical = [self.own_free.pop() for _ in range(lease)]
-            virtual = self.leases.next_virtual_pages(len(group), lease)
+            virtual = self.leases.next_virtual_pages(len(group), lease).tolist()
             self.leases.lend(len(group), virtual, physical)
             self.last_lent = virtual
             if self.leads:
@@ -95,9 +95,9 @@ class Engine:
             for i, (width, page) in self.requests.items()
             if offering and not (self.leads and width == len(group))
         ]
-        return {"free_tokens": lease + 1 if len(group) > 1 else len(self.own_free) + 1, "offers": offers}
+        return {"free_tokens": lease + 1 if len(group) > 1 else len(self.own_free) + 1, "offers": offers, "intact": b""}
 
-    def admit(self, epoch: int, packed: list[bytes]) -> dict[str, Any]:
+    def admit(self, epoch: int, packed: list[bytes], intact: bytes) -> dict[str, Any]:
         admitted = {}
         for raw in packed:
             pages = self.own_free if len(self.group) == 1 else self.free[len(self.group)]
@@ -130,17 +130,19 @@ class Engine:
                 self.free[width] = set()
         return {"gone": [], "reclaimed": reclaimed, "free_pages": len(self.own_free)}
 
-    def commit(self, epoch: int, recipients: list[int], gone: Any, returned: Any, extend: int) -> dict[str, Any]:
+    def commit(
+        self, epoch: int, recipients: list[int], gone: Any, returned: Any, extend: int, intact: bytes
+    ) -> dict[str, Any]:
         self.epoch, self.preparing = epoch, None
         for width, pages in returned.items():
-            self.own_free.update(self.leases.take_back(width, pages))
+            self.own_free.update(self.leases.take_back(width, pages).tolist())
         self.requests |= self.arriving
         self.arriving = {}
-        virtual = self.leases.next_virtual_pages(len(self.group), extend) if extend else []
+        virtual = self.leases.next_virtual_pages(len(self.group), extend).tolist() if extend else []
         physical = [self.own_free.pop() for _ in virtual]
         if extend:
             self.leases.lend(len(self.group), virtual, physical)
-        return {"handover": {}, "lent": {"virtual": virtual, "physical": physical}, "kv_tokens": 0}
+        return {"handover": {}, "lent": [virtual, physical], "kv_tokens": 0}
 
     def extend(self, epoch: int, virtual: list[int], physical: dict[str, list[int]]) -> dict[str, Any]:
         assert set(physical) == {str(engine) for engine in self.group}
@@ -287,8 +289,8 @@ def test_a_migration_that_would_leave_every_request_behind_is_undone() -> None:
     for engine in (0, 1):
         transaction.replied(engine, {"free_pages": 0, "returnable_pages": 1, "begun": 1, "paused_widths": [2]})
     offer = {"request_id": "r", "width": 2, "tokens": 500, "pages": [1, 2], "packed": b"r"}
-    transaction.replied(0, {"free_tokens": 32, "offers": [offer]})
-    calls = transaction.replied(1, {"free_tokens": 32, "offers": []})
+    transaction.replied(0, {"free_tokens": 32, "intact": b"", "offers": [offer]})
+    calls = transaction.replied(1, {"free_tokens": 32, "intact": b"", "offers": []})
     assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0, 1])] * 2
     assert not any(call.arguments["offering"] for call in calls)
     assert "none of 1 begun requests finds room" in (transaction.failure or "")
@@ -300,7 +302,7 @@ def test_a_wrong_proof_is_undone() -> None:
     for engine in (0, 1):
         calls = transaction.replied(engine, {"free_pages": 5, "returnable_pages": 0, "begun": 0})
     for engine in (0, 1):
-        calls = transaction.replied(engine, {"free_tokens": 1, "offers": []})
+        calls = transaction.replied(engine, {"free_tokens": 1, "offers": [], "intact": b""})
     assert [call.operation for call in calls] == ["prove"]
     calls = transaction.replied(0, [{"engine": 0, "tp_size": 2, "tp_rank": 0}, {"engine": 1, "tp_size": 1, "tp_rank": 0}])
     assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0]), ("move", [1])]

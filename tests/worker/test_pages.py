@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_flying.core.leases import as_pages
 from vllm_flying.worker.pages import PageMap
 
 
@@ -20,7 +21,7 @@ def step(new: list[list[int]], cached: list[list[int] | None], zero: list[int] |
 
 def test_every_page_is_translated() -> None:
     pages = PageMap()
-    pages.add({1: 7, 2: 9, 3: 4})
+    pages.add(as_pages([1, 2, 3]), as_pages([7, 9, 4]))
     translated = pages.translate(step([[1, 3], [0]], [None, [2]], [3]))
     assert [request.block_ids for request in translated.scheduled_new_reqs] == [([7, 4],), ([0],)]
     assert translated.scheduled_cached_reqs.new_block_ids == [None, ([9],)]
@@ -30,7 +31,8 @@ def test_every_page_is_translated() -> None:
 
 def test_a_page_that_is_not_backed_is_an_error() -> None:
     pages = PageMap()
-    pages.add({1: 7})
-    pages.remove([1])
-    with pytest.raises(KeyError):
-        pages.translate(step([[1]], []))
+    pages.add(as_pages([1, 2]), as_pages([7, 9]))
+    pages.remove(as_pages([1]))
+    for page in (1, 3):
+        with pytest.raises(KeyError, match=str(page)):
+            pages.translate(step([[2, page]], []))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_flying.core.contents import common
 from vllm_flying.core.migration import Offer, place_offers
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
@@ -39,6 +40,8 @@ class Journey:
     """Aborted at their source meanwhile."""
     bytes_moved: int = 0
     seconds: float = 0.0
+    intact: dict[Group, list[bytes]] = field(default_factory=dict)
+    """Per merged group what its members say: bitmaps of the group's pages that hold what it wrote before."""
     _free: dict[int, int] = field(default_factory=dict)
     _returned: dict[int, dict[int, list[int]]] = field(default_factory=dict)
 
@@ -54,6 +57,7 @@ class Journey:
             fields = {key: value for key, value in raw.items() if key not in ("width", "pages")}
             self.offers[raw["request_id"]] = Offer(source=source, pages=tuple(raw["pages"]), **fields)
         group = self.target.group_of(engine)
+        self.intact.setdefault(group, []).append(reply["intact"])
         if engine == group[0]:
             self.room[group] = reply["free_tokens"]
 
@@ -61,7 +65,11 @@ class Journey:
         """Offers to the leaders that have room for them."""
         placed, _ = place_offers(list(self.offers.values()), {group: self.room.get(group, 0) for group in groups})
         return [
-            Call(group[0], "admit", {"epoch": self.epoch, "packed": [offer.packed for offer in offers]})
+            Call(
+                group[0],
+                "admit",
+                {"epoch": self.epoch, "packed": [o.packed for o in offers], "intact": self._intact(group)},
+            )
             for group, offers in placed.items()
             if offers
         ]
@@ -117,7 +125,15 @@ class Journey:
         """What the commit tells an engine about the migration."""
         group = self.target.group_of(engine)
         returned = self._returned.get(engine, {})
-        return {"gone": sorted(self.gone), "returned": returned, "extend": self._extension(group)}
+        return {
+            "gone": sorted(self.gone),
+            "returned": returned,
+            "extend": self._extension(group),
+            "intact": self._intact(group),
+        }
+
+    def _intact(self, group: Group) -> bytes:
+        return common(self.intact.get(group, [])) if len(group) > 1 else b""
 
     def _extension(self, group: Group) -> int:
         if len(group) == 1 or not all(member in self._free for member in group):
@@ -130,8 +146,8 @@ class Journey:
         calls = []
         for group in self.target.groups:
             if group[0] in committed and self._extension(group) > 0:
-                lent = {str(member): committed[member]["lent"]["physical"] for member in group}
-                virtual = committed[group[0]]["lent"]["virtual"]
+                lent = {str(member): committed[member]["lent"][1] for member in group}
+                virtual = committed[group[0]]["lent"][0]
                 calls.append(Call(group[0], "extend", {"epoch": self.epoch, "virtual": virtual, "physical": lent}))
         return calls
 

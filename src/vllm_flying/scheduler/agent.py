@@ -11,9 +11,11 @@ from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from vllm.logger import init_logger
 
-from vllm_flying.core.leases import PageLeases
+from vllm_flying.core.contents import ALONE, PageContents, from_bitmap, to_bitmap
+from vllm_flying.core.leases import PageLeases, Pages, as_pages
 from vllm_flying.core.topology import Group
 from vllm_flying.scheduler import departures, registry
 from vllm_flying.scheduler.arrivals import Arrivals
@@ -45,7 +47,6 @@ class EngineAgent:
         self._parked_call: Any = None
         self._resting: Future[dict[str, Any]] | None = None
         self._draining = False
-        self._leases: PageLeases | None = None
         self._arrivals: Arrivals | None = None
         self._probes: dict[int, list[tuple[int, float]]] | None = None
         registry.register_agent(vllm_config, self)
@@ -56,12 +57,19 @@ class EngineAgent:
         facade: FlyingScheduler = registry.facade_of(self._vllm_config)
         return facade
 
-    @property
+    @cached_property
     def leases(self) -> PageLeases:
         """The leases of this engine's pages."""
-        if self._leases is None:
-            self._leases = PageLeases(self.facade.kv_cache_config.num_blocks)
-        return self._leases
+        return PageLeases(self._num_pages)
+
+    @cached_property
+    def contents(self) -> PageContents:
+        """What this engine's pages hold."""
+        return PageContents(self._num_pages)
+
+    @property
+    def _num_pages(self) -> int:
+        return int(self.facade.kv_cache_config.num_blocks)
 
     @property
     def arrivals(self) -> Arrivals:
@@ -79,7 +87,7 @@ class EngineAgent:
     def let_followers_go(self) -> None:
         """Before a shutdown: end the group that this engine leads, without any bookkeeping."""
         if len(self.group) > 1 and self.group[0] == self.engine:
-            self._call_workers("flying_release", ([],))
+            self._call_workers("flying_release", (as_pages([]), as_pages([])))
             self.group = (self.engine,)
 
     def handle(self, operation: str, arguments: dict[str, Any]) -> Any:
@@ -206,11 +214,12 @@ class EngineAgent:
         self._drop_arrivals()
         self._leave()
         offers = self._offers(tuple(group)) if offering else []
-        self._join(tuple(group), lease, epoch)
+        intact = self._join(tuple(group), lease, epoch)
         pool = self.facade.pools[self.facade.active_width]
         return {
             "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
             "offers": offers,
+            "intact": to_bitmap(intact, self._num_pages),
         }
 
     def _check_prepared(self, epoch: int) -> None:
@@ -238,26 +247,29 @@ class EngineAgent:
         if width == 1:
             return
         if facade.parked:
-            returned = self._parked_call.result()[0]
+            returned, written = self._parked_call.result()[0]
             self._parked_call = None
             facade.parked = False
         else:
             pool = facade.pools[width]
-            returned = pool.withdraw(pool.num_free)
-            self._call_workers("flying_release", (returned,))
+            returned, written = pool.withdraw(pool.num_free), pool.take_written()
+            self._call_workers("flying_release", (returned, written))
             facade.active_width = 1
-        facade.pools[1].deposit(self.leases.take_back(width, returned))
+        self.contents.written(width, self.leases.physical(width, written))
+        physical = self.leases.take_back(width, returned)
+        facade.pools[1].deposit(physical)
+        facade.pools[1].confirm(physical[~np.isin(returned, written)])
         self.group = (self.engine,)
 
-    def _join(self, group: Group, lease: int, epoch: int) -> None:
+    def _join(self, group: Group, lease: int, epoch: int) -> Pages:
+        """Returns the group's pages that still hold what the group wrote last, as far as this engine knows."""
         self.group = group
         width = len(group)
         if width == 1:
-            return
+            return as_pages([])
         facade = self.facade
-        virtual = self.leases.next_virtual_pages(width, lease)
-        backing = self.leases.lend(width, virtual, facade.pools[1].withdraw(lease))
-        arguments = (width, backing, self._vllm_config.model_config.seed + epoch)
+        virtual, physical = self._lend(lease)
+        arguments = (width, virtual, physical, self._vllm_config.model_config.seed + epoch)
         if group[0] == self.engine:
             self._call_workers("flying_lead", arguments)
             facade.pools[width].deposit(virtual)
@@ -265,10 +277,21 @@ class EngineAgent:
         else:
             self._parked_call = self._call_workers("flying_follow", arguments, non_block=True)
             facade.parked = True
+        return self.contents.intact(width, virtual, physical)
 
-    def admit(self, epoch: int, packed: list[bytes]) -> dict[str, Any]:
-        """Leaders: find pages for begun requests from other layouts."""
+    def _lend(self, count: int) -> tuple[Pages, Pages]:
+        """Lend `count` more free pages to the present group: its own numbers for them, and this engine's."""
+        width, pool = len(self.group), self.facade.pools[1]
+        self.contents.written(ALONE, pool.take_written())
+        virtual = self.leases.next_virtual_pages(width, count)
+        physical = self.contents.choose(width, virtual, pool.withdraw(count))
+        self.leases.lend(width, virtual, physical)
+        return virtual, physical
+
+    def admit(self, epoch: int, packed: list[bytes], intact: bytes = b"") -> dict[str, Any]:
+        """Leaders: find pages for begun requests from other layouts. `intact` as in `commit`."""
         self._check_prepared(epoch)
+        self._confirm_prefixes(intact)
         return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens)}
 
     @cached_property
@@ -304,16 +327,18 @@ class EngineAgent:
         gone: list[str] | None = None,
         returned: dict[int, list[int]] | None = None,
         extend: int = 0,
+        intact: bytes = b"",
     ) -> dict[str, Any]:
         """The switch holds: step again, and deal the fresh requests kept aside out to `recipients` in turn.
 
         `gone`: requests that were aborted on their way; `returned`: pages of former groups that nobody holds any
-        more; `extend`: how many free pages every member of the present group lends it now.
+        more; `extend`: how many free pages every member of the present group lends it now; `intact`: bitmap of the
+        group's pages that hold, on every member, what the group wrote into them before.
         """
         self._check_prepared(epoch)
         self.epoch = epoch
-        for width, pages in (returned or {}).items():
-            self.facade.pools[1].deposit(self.leases.take_back(int(width), pages))
+        self._confirm_prefixes(intact)
+        self._take_reclaimed(returned or {})
         lent = self._lend(extend) if extend else None
         dropped = self.arrivals.commit(gone or [])
         if dropped:
@@ -328,20 +353,29 @@ class EngineAgent:
                     self.facade.place(request)
             elif share:
                 handover[str(recipient)] = pack_requests(share)
-        return {"handover": handover, "lent": lent, "kv_tokens": self._kv_tokens()}
+        lent_bytes = [pages.tobytes() for pages in lent] if lent else None
+        return {"handover": handover, "lent": lent_bytes, "kv_tokens": self._kv_tokens()}
 
-    def _lend(self, count: int) -> dict[str, list[int]]:
-        width = len(self.group)
-        virtual = self.leases.next_virtual_pages(width, count)
-        self.leases.lend(width, virtual, physical := self.facade.pools[1].withdraw(count))
-        return {"virtual": virtual, "physical": physical}
+    def _confirm_prefixes(self, intact: bytes) -> None:
+        if len(self.group) > 1 and not self.facade.parked:
+            self.facade.pools[len(self.group)].confirm(from_bitmap(intact))
 
-    def extend(self, epoch: int, virtual: list[int], physical: dict[str, list[int]]) -> dict[str, Any]:
-        """Leaders: use more pages, which every member has lent; `physical` has each member's own."""
+    def _take_reclaimed(self, returned: dict[int, list[int]]) -> None:
+        pool = self.facade.pools[1]
+        for width, pages in returned.items():
+            physical = self.leases.take_back(int(width), pages)
+            self.contents.forget(physical)
+            pool.deposit(physical)
+            pool.confirm([])
+
+    def extend(self, epoch: int, virtual: bytes, physical: dict[str, bytes]) -> dict[str, Any]:
+        """Leaders: use more pages, which every member has lent; `physical` has each member's own. int32 each."""
         if self.epoch != epoch or len(self.group) == 1:
             raise SwitchRefused(f"engine {self.engine} leads no group at epoch {epoch} any more")
         self._call_workers("flying_together", ("extend", virtual, physical))
-        self.facade.pools[len(self.group)].deposit(virtual)
+        pool = self.facade.pools[len(self.group)]
+        pool.deposit(np.frombuffer(virtual, dtype=np.int32))
+        pool.confirm([])
         return {"kv_tokens": self._kv_tokens()}
 
     def _drop_arrivals(self) -> None:
@@ -356,6 +390,7 @@ class EngineAgent:
         if self._resting is not None:
             self._resting.set_result({})  # nobody waits for it any more
             self._resting = None
+        self._confirm_prefixes(b"")
         self._go_on()
         if not self.facade.parked:
             self.facade.release_held()

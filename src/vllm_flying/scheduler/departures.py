@@ -87,5 +87,5 @@ def reclaim(facade: FlyingScheduler) -> dict[int, list[int]]:
     for width, pool in facade.pools.items():
         inactive = facade.parked or width != facade.active_width
         if width > 1 and inactive and pool.num_free:
-            reclaimed[width] = pool.withdraw(pool.num_free)
+            reclaimed[width] = pool.withdraw(pool.num_free).tolist()
     return reclaimed

@@ -1,14 +1,19 @@
 """Moving pages in and out of a stock BlockPool.
 
 May import vllm. A page that a pool doesn't own is simply not in its queue of free blocks, so the stock allocator never
-sees it. Whole pools change hands at a switch; the work per page is one link of vLLM's own queue.
+sees it. Whole pools change hands at a switch; the work per page is one link of vLLM's own queue. Cached prefixes of
+pages that leave stay in the pool's index, out of reach, since a pool that gives pages away isn't scheduled meanwhile;
+they count again if their pages come back unwritten. vLLM's reuse watchers tell which pages were handed out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
+
+from vllm_flying.core.leases import PageNumbers, Pages, as_pages
 
 
 class PagePool:
@@ -17,6 +22,11 @@ class PagePool:
     def __init__(self, block_pool: BlockPool, owns_all: bool) -> None:
         self._pool = block_pool
         self.num_owned = block_pool.num_gpu_blocks - 1
+        self._away: set[int] = set()
+        """Pages that left with a cached prefix."""
+        self._doubtful: set[int] = set()
+        """Pages that came back with one; whether it still holds isn't known yet."""
+        self._written: list[int] = []
         if not owns_all:
             self.withdraw(self.num_owned)
 
@@ -30,22 +40,47 @@ class PagePool:
         """Owned pages that requests hold."""
         return int(self.num_owned) - self.num_free
 
-    def withdraw(self, count: int) -> list[int]:
-        """Take `count` free pages away, least recently used first. Their cached prefixes are forgotten."""
+    def withdraw(self, count: int) -> Pages:
+        """Take `count` free pages away, least recently used first."""
         blocks = self._pool.free_block_queue.popleft_n(count)
         self.num_owned -= count
-        for block in blocks:
-            if block.block_hash is not None:
-                self._pool._maybe_evict_cached_block(block)
-        return [block.block_id for block in blocks]
+        self._away.update([block.block_id for block in blocks if block.block_hash is not None])
+        return as_pages([block.block_id for block in blocks])
 
-    def deposit(self, pages: Sequence[int]) -> None:
-        """Add free pages that this pool doesn't own."""
+    def deposit(self, pages: PageNumbers) -> None:
+        """Add free pages that this pool doesn't own. What they have cached must be `confirm`ed before it is used."""
         blocks = self._pool.blocks
-        self._pool.free_block_queue.append_n([blocks[page] for page in pages])
-        self.num_owned += len(pages)
+        numbers = as_pages(pages).tolist()
+        self._doubtful |= self._away.intersection(numbers)
+        cached = self._doubtful
+        if cached:  # pages that hold nothing are to be used first
+            numbers = [page for page in numbers if page not in cached] + [page for page in numbers if page in cached]
+        self._pool.free_block_queue.append_n([blocks[page] for page in numbers])
+        self._pool._reuse_watchers.update(dict.fromkeys(numbers, self._handed_out))
+        self.num_owned += len(numbers)
+
+    def confirm(self, intact: PageNumbers) -> None:
+        """Cached prefixes of pages that came back hold in `intact` ones; all others that left are forgotten."""
+        kept = self._doubtful.intersection(as_pages(intact).tolist()) if self._doubtful else set()
+        self._evict((self._away | self._doubtful) - kept)
+        self._away, self._doubtful = set(), set()
+
+    def take_written(self) -> Pages:
+        """Pages that were handed out to requests since they were deposited, each named once."""
+        written, self._written = self._written, []
+        return as_pages(written)
 
     def forget_prefixes(self) -> bool:
         """Drop the cached prefixes of all free pages; False if requests hold others, whose prefixes stay."""
-        self.deposit(self.withdraw(self.num_free))
+        self.confirm([])
+        self._evict([block.block_id for block in self._pool.free_block_queue.get_all_free_blocks()])
         return self.num_used == 0
+
+    def _handed_out(self, block: Any) -> None:
+        self._written.append(block.block_id)
+
+    def _evict(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            block = self._pool.blocks[page]
+            if block.block_hash is not None:
+                self._pool._maybe_evict_cached_block(block)

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
 
+from vllm_flying.core.leases import Pages
 from vllm_flying.core.topology import available_widths
 from vllm_flying.frontend.runtime import runtime_directory
 from vllm_flying.settings import settings_from_vllm_config
@@ -181,24 +182,24 @@ class WorkerExtension(GroupCalls):
 
     # ---- switch calls ---------------------------------------------------------------------------------------------
 
-    def flying_lead(self, width: int, backing: dict[int, int], seed: int) -> None:
+    def flying_lead(self, width: int, virtual: Pages, physical: Pages, seed: int) -> None:
         """Leading engine: act in the group of `width` from now on."""
-        self._flying_enter(width, backing, seed)
+        self._flying_enter(width, virtual, physical, seed)
 
-    def flying_follow(self, width: int, backing: dict[int, int], seed: int) -> list[int]:
+    def flying_follow(self, width: int, virtual: Pages, physical: Pages, seed: int) -> tuple[Pages, Pages]:
         """Other engines: run what the leader relays until it leaves.
 
-        Returns the virtual pages that the leader gave back.
+        Returns the virtual pages that the leader gave back, and those that it wrote since the group was formed.
         """
-        layout = self._flying_enter(width, backing, seed)
+        layout = self._flying_enter(width, virtual, physical, seed)
         assert layout.relay is not None
         leader_pid = self._flying_pids[layout.tensor_parallel_group.ranks[0]]
         while True:
             method, payload = layout.relay.receive(leader_pid)
             if method == "leave":
-                self._flying_leave(payload)
-                returned: list[int] = payload
-                return returned
+                returned, written = payload
+                self._flying_leave(returned)
+                return returned, written
             if method == "execute_model":
                 super().execute_model(layout.pages.translate(payload))  # type: ignore[misc]
             elif method == "sample_tokens":
@@ -206,25 +207,25 @@ class WorkerExtension(GroupCalls):
             else:
                 self._flying_do(method, payload)
 
-    def flying_release(self, returned: list[int]) -> None:
+    def flying_release(self, returned: Pages, written: Pages) -> None:
         """Leading engine: end the group; every member takes its pages behind `returned` back."""
         relay = self._flying.active.relay
         assert relay is not None
-        relay.send("leave", returned)
+        relay.send("leave", (returned, written))
         self._flying_leave(returned)
 
     def flying_memory(self) -> dict[str, Any]:
         """Bytes of weights and KV in this worker, over unique storages."""
         return memory_report(self._flying)
 
-    def _flying_enter(self, width: int, backing: dict[int, int], seed: int) -> WorkerLayout:
+    def _flying_enter(self, width: int, virtual: Pages, physical: Pages, seed: int) -> WorkerLayout:
         layout = self._flying.activate(width)
-        layout.pages.add(backing)
+        layout.pages.add(virtual, physical)
         self.model_runner = layout.runner
         # Unseeded sampling draws from the process's generators: all members must hold the same state.
         set_random_seed(seed)
         return layout
 
-    def _flying_leave(self, returned: list[int]) -> None:
+    def _flying_leave(self, returned: Pages) -> None:
         self._flying.active.pages.remove(returned)
         self.model_runner = self._flying.activate(1).runner

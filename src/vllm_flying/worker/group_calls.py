@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_flying.core.migration import KVMove
@@ -92,7 +93,7 @@ class GroupCalls:
         for width, ids in request_ids.items():
             forget_states(self._flying[int(width)].runner, ids)
 
-    def _flying_do_extend(self, virtual: list[int], physical: dict[str, list[int]]) -> None:
-        """Learn more pages of the present group."""
+    def _flying_do_extend(self, virtual: bytes, physical: dict[str, bytes]) -> None:
+        """Learn more pages of the present group. int32 each."""
         own = physical[str(self._flying_place.engine)]
-        self._flying.active.pages.add(dict(zip(virtual, own, strict=True)))
+        self._flying.active.pages.add(np.frombuffer(virtual, dtype=np.int32), np.frombuffer(own, dtype=np.int32))

@@ -1,0 +1,77 @@
+"""Which layout's KV each page of an engine still holds, so that cached prefixes survive switches in place.
+
+Pure: no torch, no vllm. A page that is lent and comes back unwritten holds what it held before. So a prefix that an
+engine cached by itself is found again after a split, and one that a group cached is found again after the next merge,
+as long as nobody needed their pages meanwhile and every member backs the group's page by the same page as before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_flying.core.leases import PageNumbers, Pages, as_pages
+
+ALONE = 1
+
+
+class PageContents:
+    """One engine's pages: the width of the layout that wrote each last, and what stood behind each group's pages."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._writer = np.zeros(num_pages, dtype=np.int32)
+        """Width of the layout whose KV a page holds; 0 if nobody knows."""
+        self._former: dict[int, Pages] = {}
+        """Per width: virtual page -> the physical page that stood behind it last."""
+
+    def written(self, width: int, physical: PageNumbers) -> None:
+        """The layout of `width` has handed these pages out to requests."""
+        self._writer[as_pages(physical)] = width
+
+    def forget(self, physical: PageNumbers) -> None:
+        """Nobody knows any more what these pages hold."""
+        self._writer[as_pages(physical)] = 0
+
+    def choose(self, width: int, virtual: Pages, free: Pages) -> Pages:
+        """Which of the `free` pages stand behind `virtual` ones, as many: those that did before, where they can.
+
+        The others follow in the order of `free`.
+        """
+        former = self._former_of(width)
+        wanted = former[virtual]
+        again = np.isin(wanted, free) & (wanted > 0)
+        physical = np.zeros_like(virtual)
+        physical[again] = wanted[again]
+        physical[~again] = free[~np.isin(free, wanted[again])]
+        strange = physical[~again]
+        self._writer[strange[self._writer[strange] == width]] = 0  # the KV of another virtual page of this group
+        former[np.isin(former, physical)] = 0
+        former[virtual] = physical
+        return physical
+
+    def intact(self, width: int, virtual: Pages, physical: Pages) -> Pages:
+        """Those of `virtual` that hold what the group of `width` wrote into them last."""
+        holding: Pages = virtual[self._writer[physical] == width]
+        return holding
+
+    def _former_of(self, width: int) -> Pages:
+        if width not in self._former:
+            self._former[width] = np.zeros(len(self._writer), dtype=np.int32)
+        return self._former[width]
+
+
+def to_bitmap(pages: Pages, num_pages: int) -> bytes:
+    """A set of pages as it travels between processes."""
+    mask = np.zeros(num_pages, dtype=bool)
+    mask[pages] = True
+    return np.packbits(mask).tobytes()
+
+
+def from_bitmap(bitmap: bytes) -> Pages:
+    """The pages of a bitmap; none for no bitmap."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8))).astype(np.int32)
+
+
+def common(bitmaps: list[bytes]) -> bytes:
+    """Pages that are in all bitmaps."""
+    arrays = [np.frombuffer(bitmap, dtype=np.uint8) for bitmap in bitmaps]
+    return bytes(np.bitwise_and.reduce(arrays).tobytes()) if arrays else b""
