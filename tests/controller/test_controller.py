@@ -126,7 +126,7 @@ def test_a_policy_that_raises_changes_nothing() -> None:
 
 def test_policies_are_found_by_name() -> None:
     assert policy_by_name("manual") is manual
-    with pytest.raises(ValueError, match="'fastest' is unknown; there are: manual, load, long_context, auto"):
+    with pytest.raises(ValueError, match="'fastest' is unknown; there are: manual, load, long_context, auto, schedule"):
         policy_by_name("fastest")
 
 

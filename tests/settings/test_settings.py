@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vllm_flying.controller.schedule import Schedule, ScheduleEntry
 from vllm_flying.settings import Settings, SettingsError
 from vllm_flying.settings.reference import field_docstrings, reference
 
@@ -24,6 +25,14 @@ from vllm_flying.settings.reference import field_docstrings, reference
         ({"switch_timeout_s": -1}, ["'switch_timeout_s'", "-1", "above 0"]),
         ({"switch_timeout_s": True}, ["'switch_timeout_s'", "a number"]),
         ({"weights": None}, ["'weights'"]),
+        ({"policy": "schedule"}, ["'policy'", "'schedule'", "missing"]),
+        ({"schedule": "08:30"}, ["'schedule'", "'08:30'", "a list such as"]),
+        ({"schedule": [{"at": "8:30", "width": 1}]}, ["'schedule'", "entry 1", "'at'", "'8:30'", "'00:00' to '23:59'"]),
+        ({"schedule": [{"at": "08:30", "width": 4}], "num_engines": 2}, ["entry 1", "'width'", "4", "[1, 2]"]),
+        (
+            {"schedule": [{"at": "08:30", "width": 2}], "widths": [4], "num_engines": 4},
+            ["entry 1", "'width'", "2", "[1, 4]"],
+        ),
     ],
 )
 def test_what_is_wrong_is_named(mapping: dict[str, Any], texts: list[str]) -> None:
@@ -36,6 +45,8 @@ def test_values_are_kept_and_can_not_change() -> None:
     settings = Settings.from_mapping({"widths": [4, 2], "num_engines": 8, "switch_timeout_s": 5})
     assert settings.built_widths() == (2, 4)
     assert Settings.from_mapping({"num_engines": 8}).built_widths() == (2, 4, 8)
+    scheduled = {"policy": "schedule", "num_engines": 2, "schedule": [{"at": "08:30", "days": "tue", "width": 2}]}
+    assert Settings.from_mapping(scheduled).schedule == Schedule((ScheduleEntry(510, (1,), 2),))
     with pytest.raises(FrozenInstanceError):
         settings.widths = (2,)  # type: ignore[misc]
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from vllm_flying.controller.cost_model import Demand
+from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 
 # Seconds over which rates and means are taken.
@@ -52,6 +54,10 @@ class Observation:
     """Requests per second."""
     mean_prompt_tokens: float = 128.0
     mean_output_tokens: float = 64.0
+    wall_clock: datetime | None = None
+    """Local time of the server; None if the caller has none to give."""
+    schedule: Schedule | None = None
+    """The operator's, from the settings."""
 
     @property
     def unfinished(self) -> int:

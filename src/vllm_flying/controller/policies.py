@@ -80,7 +80,27 @@ def auto(observation: Observation) -> Plan | None:
     return load(observation)
 
 
-BUILT_IN: dict[str, Policy] = {"manual": manual, "load": load, "long_context": long_context, "auto": auto}
+def schedule(observation: Observation) -> Plan | None:
+    """The width that the operator's schedule has for this time, for as many engines as a request's needs allow."""
+    if observation.schedule is None or observation.wall_clock is None:
+        return None
+    entry, least = observation.schedule.entry_at(observation.wall_clock), least_width(observation)
+
+    def engines_as_scheduled(layout: Layout) -> int:
+        return sum(len(group) for group in layout.groups if len(group) == entry.width)
+
+    best = max(allowed_layouts(observation), key=engines_as_scheduled)
+    if best == observation.layout:
+        return None
+    reason = f"the schedule has width {entry.width} since {entry.minute // 60:02}:{entry.minute % 60:02}"
+    if least > entry.width:
+        reason += f", and a request needs a group of {least}"
+    return Plan(best, "schedule", reason, urgent=max(len(group) for group in observation.layout.groups) < least)
+
+
+BUILT_IN: dict[str, Policy] = {
+    "manual": manual, "load": load, "long_context": long_context, "auto": auto, "schedule": schedule,
+}  # fmt: skip
 
 
 def policy_by_name(name: str) -> Policy:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,15 @@ class ControlLoop:
         layout = self._switcher.layout()
         now = time.monotonic()
         self._respect_operators(now)
-        seen = observe(now, layout, self._settings.built_widths(), statuses, self._rates)
+        seen = observe(
+            now,
+            layout,
+            self._settings.built_widths(),
+            statuses,
+            self._rates,
+            wall_clock=datetime.now().astimezone(),
+            schedule=self._settings.schedule,
+        )
         decision = self.controller.decide(seen)
         if decision.plan is None or not decision.act or self._settings.dry_run:
             if self._audit.note(decision, layout.to_lists()) and decision.plan is not None:

@@ -6,14 +6,23 @@ Pure: no torch, no vllm.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
+from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Layout
 
 
 def observe(
-    now: float, layout: Layout, widths: Sequence[int], statuses: Sequence[Mapping[str, Any]], rates: RateTracker
+    now: float,
+    layout: Layout,
+    widths: Sequence[int],
+    statuses: Sequence[Mapping[str, Any]],
+    rates: RateTracker,
+    *,
+    wall_clock: datetime | None = None,
+    schedule: Schedule | None = None,
 ) -> Observation:
     """One observation from the status of every engine, in order."""
     rates.update(now, statuses)
@@ -45,6 +54,8 @@ def observe(
         arrival_rate=rates.arrival_rate,
         mean_prompt_tokens=rates.mean_prompt_tokens,
         mean_output_tokens=rates.mean_output_tokens,
+        wall_clock=wall_clock,
+        schedule=schedule,
     )
 
 

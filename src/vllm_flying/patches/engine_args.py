@@ -13,7 +13,6 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
-from vllm_flying.core.topology import available_widths
 from vllm_flying.frontend.runtime import ensure_runtime_directory
 from vllm_flying.patches.apply import Patch
 from vllm_flying.patches.supported import NotSupportedError, check_arguments, check_config
@@ -75,7 +74,7 @@ def _prepare(arguments: Any) -> bool:
         given["load_format"] = str(arguments.load_format)
     given["num_engines"] = arguments.data_parallel_size
     given["engine_tp"] = arguments.tensor_parallel_size
-    available_widths(arguments.data_parallel_size, settings.widths)  # refuses widths that can't be
+    Settings.from_mapping(given)  # refuses widths that this number of engines can't have
     arguments.additional_config = {**(arguments.additional_config or {}), "flying": given}
     for name, value in FLAGS.items():
         setattr(arguments, name, value)

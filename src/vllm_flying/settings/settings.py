@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_flying.controller.policies import policy_by_name
+from vllm_flying.controller.schedule import Schedule, ScheduleError, parse_schedule
 from vllm_flying.core.topology import LayoutError, available_widths
 
 WEIGHTS = ("auto", "tiles", "views")
@@ -50,8 +51,14 @@ class Settings:
 
     policy: str = "manual"
     """What decides on layouts: `manual` (the switch route and hints only), `auto` (the layout that serves the present
-    load first, and whatever a request needs), `load` and `long_context` (its two parts), or the name of a policy that
-    another package offers. See docs/policies.md."""
+    load first, and whatever a request needs), `load` and `long_context` (its two parts), `schedule` (the width that the
+    setting of this name has for the time of day), or the name of a policy that another package offers. See
+    docs/policies.md."""
+
+    schedule: Schedule | None = None
+    """Group widths by the server's local time, for the policy `schedule`: a list of entries such as
+    `{"at": "08:30", "days": "mon-fri", "width": 1}`; without `days` an entry is for every day. An entry holds until
+    the next one."""
 
     interval_s: float = 0.25
     """Seconds between two looks of the controller."""
@@ -101,11 +108,21 @@ class Settings:
             policy_by_name(self.policy)
         except ValueError as error:
             raise SettingsError(f"setting 'policy': {error}") from None
+        if self.policy == "schedule" and self.schedule is None:
+            raise SettingsError("setting 'policy' is 'schedule'; allowed only with the setting 'schedule', which is missing")
         if self.num_engines > 1:
-            try:
-                available_widths(self.num_engines, self.widths)
-            except LayoutError as error:
-                raise SettingsError(f"setting 'widths' is {list(self.widths or ())!r}: {error}") from None
+            self._check_widths()
+
+    def _check_widths(self) -> None:
+        try:
+            widths = self.built_widths()
+        except LayoutError as error:
+            raise SettingsError(f"setting 'widths' is {list(self.widths or ())!r}: {error}") from None
+        try:
+            if self.schedule is not None:
+                self.schedule.check_widths((1, *widths))
+        except ScheduleError as error:
+            raise SettingsError(f"setting 'schedule': {error}") from None
 
     def built_widths(self) -> tuple[int, ...]:
         """Widths above 1 whose layouts are built at start."""
@@ -145,6 +162,11 @@ def _convert(key: str, value: Any, kind: str) -> Any:
         if not isinstance(value, list | tuple) or not all(type(item) is int and item > 0 for item in value):
             raise wrong("a list of whole numbers above 0, such as [2, 4]")
         return tuple(value)
+    elif kind.startswith("Schedule"):
+        try:
+            return parse_schedule(value)
+        except ScheduleError as error:
+            raise SettingsError(f"setting {key!r}: {error}") from None
     elif kind.startswith("str"):
         if not isinstance(value, str):
             raise wrong("a text")
