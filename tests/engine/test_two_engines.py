@@ -164,6 +164,9 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
         ("tp2; engines=0,1", {"headers": {"X-Parallelism-Hint": "latency"}}),
         ("tp2; engines=0,1", {"parallelism_hint": "auto"}),
         ("tp1; engines=", {"parallelism_hint": "throughput"}),
+        # This server is fcfs, where a priority orders nothing; it must not be refused either.
+        ("tp1; engines=", {"service_tier": "priority"}),
+        ("tp1; engines=", {"service_tier": "flex"}),
     ]
     for layout, hint in ways:
         response = server.complete(prompt, 40, **hint)

@@ -1,4 +1,4 @@
-"""Hints in, layouts out; everything else untouched."""
+"""Hints and service tiers in, layouts out; everything else untouched."""
 
 from __future__ import annotations
 
@@ -69,8 +69,42 @@ def test_other_extra_arguments_stay() -> None:
     assert json.loads(response["body"]) == {"vllm_xargs": {"top": 1, "parallelism_hint": "dp"}}
 
 
-@pytest.mark.parametrize("body", [b'{ "prompt" :"x" }', b"not json parallelism_hint", b'["parallelism_hint"]', b""])
-def test_bodies_without_a_hint_pass_byte_for_byte(body: bytes) -> None:
+@pytest.mark.parametrize(("tier", "priority"), [("priority", -1), ("flex", 1)])
+def test_a_service_tier_becomes_a_priority(tier: str, priority: int) -> None:
+    response = app().post(PATH, json={"prompt": "x", "service_tier": tier}).json()
+    assert json.loads(response["body"]) == {"prompt": "x", "service_tier": tier, "priority": priority}
+    assert int(response["length"]) == len(response["body"])
+
+
+def test_a_tier_and_a_hint_are_both_handed_on() -> None:
+    body = {"service_tier": "priority", "parallelism_hint": "dp"}
+    response = app().post(PATH, json=body).json()
+    assert json.loads(response["body"]) == {
+        "service_tier": "priority", "priority": -1, "vllm_xargs": {"parallelism_hint": "dp"}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{ "prompt" :"x" }',
+        b"not json parallelism_hint",
+        b'["parallelism_hint"]',
+        b"",
+        b'{ "prompt" :"what is a parallelism_hint?" }',
+        b"not json service_tier",
+        b'["service_tier"]',
+        b'{ "prompt" :"service_tier" }',
+        b'{ "service_tier" :"auto" }',
+        b'{ "service_tier" :"default" }',
+        b'{ "service_tier" :"soon" }',
+        b'{ "service_tier" :null }',
+        b'{ "service_tier" :["priority"] }',
+        b'{ "service_tier" :"priority", "priority": 0 }',
+        b'{ "service_tier" :"flex", "priority": -7 }',
+    ],
+)
+def test_bodies_with_neither_hint_nor_tier_pass_byte_for_byte(body: bytes) -> None:
     assert app().post(PATH, content=body).json()["body"].encode() == body
 
 

@@ -18,6 +18,12 @@ WIDEST = ("tp", "latency", "long_context")
 DEGREES = {"tp2": 2, "tp4": 4, "tp8": 8}
 VALUES = (*ANYWHERE, "dp", "tp", *DEGREES, "latency", "throughput", "long_context")
 
+TIER_KEY = "service_tier"
+"""Field of OpenAI's API: how soon a request should be served."""
+
+PRIORITY_OF_TIER = {"priority": -1, "flex": 1}
+"""vLLM's `priority`, lower is sooner, for the tiers that differ from the usual 0."""
+
 
 class HintError(ValueError):
     """A hint that can't be honoured by any layout of this server; the text lists what can."""

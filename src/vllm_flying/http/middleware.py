@@ -1,8 +1,8 @@
-"""Reads a request's hint and names the layout that served it.
+"""Reads a request's hint and service tier, and names the layout that served it.
 
 Imports neither torch nor vllm. The hint may stand in the body's field `parallelism_hint`, in its `vllm_xargs`, or in
-the header `X-Parallelism-Hint`; it is handed on in `vllm_xargs`, vLLM's own place for extra arguments. Bodies without
-a hint pass through byte for byte.
+the header `X-Parallelism-Hint`; it is handed on in `vllm_xargs`, vLLM's own place for extra arguments. The tiers
+`priority` and `flex` are handed on as vLLM's `priority`. Bodies with neither pass through byte for byte.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_flying.core.hints import HINT_KEY, HintError, parse_hint
+from vllm_flying.core.hints import HINT_KEY, PRIORITY_OF_TIER, TIER_KEY, HintError, parse_hint
 from vllm_flying.frontend.served import ServedLayouts, served_layouts
 
 Scope = MutableMapping[str, Any]
@@ -42,7 +42,7 @@ class ParallelismHintMiddleware:
         if body is None:  # the client is gone
             return
         try:
-            body = _with_hint(body, _header(scope, HINT_HEADER))
+            body = _with_wishes(body, _header(scope, HINT_HEADER))
         except HintError as error:
             await _refuse(send, str(error))
             return
@@ -80,9 +80,9 @@ class _LayoutHeader:
         await self._send(message)
 
 
-def _with_hint(body: bytes, header: str | None) -> bytes:
-    """`body` with the one hint it carries in `vllm_xargs`; unchanged if there is none. HintError for a bad one."""
-    if header is None and HINT_KEY.encode() not in body:
+def _with_wishes(body: bytes, header: str | None) -> bytes:
+    """`body` with its hint and its tier where vLLM reads them; unchanged if it has neither. HintError for a bad hint."""
+    if header is None and HINT_KEY.encode() not in body and TIER_KEY.encode() not in body:
         return body
     try:
         fields = json.loads(body)
@@ -90,6 +90,19 @@ def _with_hint(body: bytes, header: str | None) -> bytes:
         return body  # vLLM answers
     if not isinstance(fields, dict):
         return body
+    hint, priority = _take_hint(fields, header), _tier_priority(fields)
+    if hint is None and priority is None:
+        return body
+    if hint is not None:
+        extra = fields.get("vllm_xargs")
+        fields["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), HINT_KEY: hint}
+    if priority is not None:
+        fields["priority"] = priority
+    return json.dumps(fields).encode()
+
+
+def _take_hint(fields: dict[str, Any], header: str | None) -> str | None:
+    """The one hint in all places; the field of our own is taken out. HintError if it is bad or there are several."""
     extra = fields.get("vllm_xargs")
     places = {
         f"field {HINT_KEY}": fields.pop(HINT_KEY, None),
@@ -100,9 +113,13 @@ def _with_hint(body: bytes, header: str | None) -> bytes:
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{place} = {value!r}" for place, value in given.items())
         raise HintError(f"the request carries different hints: {listed}; send one")
-    for value in given.values():
-        fields["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), HINT_KEY: value}
-    return json.dumps(fields).encode()
+    return next(iter(given.values()), None)
+
+
+def _tier_priority(fields: dict[str, Any]) -> int | None:
+    """The priority that the service tier stands for; None if it is the usual one or the request has its own."""
+    tier = fields.get(TIER_KEY)
+    return PRIORITY_OF_TIER.get(tier) if isinstance(tier, str) and "priority" not in fields else None
 
 
 async def _read(receive: Receive) -> bytes | None:
