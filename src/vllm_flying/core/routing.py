@@ -5,7 +5,7 @@ Pure: no torch, no vllm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_flying.core.topology import Group
@@ -24,6 +24,11 @@ class GroupState:
         """The engine that takes the group's requests."""
         return self.engines[0]
 
+    @property
+    def load_per_engine(self) -> float:
+        """What groups of different widths are compared by."""
+        return self.load / len(self.engines)
+
 
 @dataclass(frozen=True)
 class Route:
@@ -33,23 +38,38 @@ class Route:
     honoured: bool
 
 
+Preference = Callable[[Sequence[GroupState]], GroupState | None]
+"""Which of several groups that can take a request should; None if it doesn't matter."""
+
+
+def candidates(groups: Sequence[GroupState], tokens: int, width: int | None) -> list[GroupState]:
+    """Groups that can hold `tokens` of KV; only those of the wanted `width`, if there are any."""
+    fitting = [group for group in groups if tokens <= group.kv_tokens]
+    return [group for group in fitting if width is None or len(group.engines) == width] or fitting
+
+
 def choose_group(
-    groups: Sequence[GroupState], tokens: int = 0, width: int | None = None, pinned_engine: int | None = None
+    groups: Sequence[GroupState],
+    tokens: int = 0,
+    width: int | None = None,
+    pinned_engine: int | None = None,
+    prefer: Preference | None = None,
 ) -> Route | None:
     """The group for a request that may need `tokens` of KV; None if it fits none.
 
-    A pinned engine wins; then groups of the wanted `width`; among those that are left, the least load per engine,
-    and the earlier group where loads are equal. A parked engine is never chosen: its leader is.
+    A pinned engine wins; then groups of the wanted `width`; among those that are left, what `prefer` says, else the
+    least load per engine, and the earlier group where loads are equal. A parked engine is never chosen: its leader is.
     """
     if pinned_engine is not None:
         group = next(group for group in groups if pinned_engine in group.engines)
         return Route(group, width is None or width == len(group.engines)) if tokens <= group.kv_tokens else None
-    fitting = [group for group in groups if tokens <= group.kv_tokens]
-    if not fitting:
+    possible = candidates(groups, tokens, width)
+    if not possible:
         return None
-    wanted = [group for group in fitting if width is None or len(group.engines) == width]
-    best = min(wanted or fitting, key=lambda group: (group.load / len(group.engines), group.leader))
-    return Route(best, bool(wanted))
+    best = prefer(possible) if prefer is not None else None
+    if best is None:
+        best = min(possible, key=lambda group: (group.load_per_engine, group.leader))
+    return Route(best, width is None or len(best.engines) == width)
 
 
 def groups_with_width(groups: Sequence[Group], width: int, num_engines: int) -> tuple[Group, ...]:

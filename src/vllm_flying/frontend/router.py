@@ -1,20 +1,23 @@
 """One place that decides which engine takes a request, in every API server.
 
 May import vllm. Admission refuses what no group can hold and forms the width that a hint asks for; routing then picks
-the engine. As long as no engine is merged and no hint given, vLLM's own load balancing decides.
+the engine. As long as no engine is merged and no hint given, vLLM's own load balancing decides, unless an engine has
+served the beginning of the prompt before.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
+from vllm_flying.core.affinity import Prefix, PrefixAffinity, prefix_keys
 from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint
-from vllm_flying.core.routing import GroupState, Route, choose_group, groups_with_width
+from vllm_flying.core.routing import GroupState, Route, candidates, choose_group, groups_with_width
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
 from vllm_flying.frontend.control_loop import ControlLoop
@@ -33,9 +36,12 @@ PENDING_RETRY_S = 0.01
 class Router:
     """Routing state of one API server."""
 
-    def __init__(self, client: Any, settings: Settings, max_model_len: int) -> None:
+    def __init__(
+        self, client: Any, settings: Settings, max_model_len: int, affinity: PrefixAffinity | None = None
+    ) -> None:
         directory = runtime_directory()
         self._client = client
+        self._affinity = affinity
         self.settings = settings
         self._max_model_len = max_model_len
         self.directory = directory
@@ -155,27 +161,44 @@ class Router:
 
     # ---- routing --------------------------------------------------------------------------------------------------
 
-    def route(self, request: Any) -> None:
-        """Pin the request to an engine that serves, unless vLLM's own balancing may decide."""
+    def route(self, request: Any) -> Prefix:
+        """Pin the request to an engine that serves, unless vLLM's own balancing may decide. What to `record` of it."""
+        if not self._board.exists:
+            return ()
+        state = self._board.read()
+        groups, tokens = self._groups(state), self._tokens(request, state)
+        pinned, width = request.data_parallel_rank, self._wanted_width(request)
+        prefix = self._prefix(request, state)
+        merged = any(len(group.engines) > 1 for group in state.groups)
+        if merged or width not in (None, 1):
+            route = choose_group(groups, tokens, width, pinned, lambda possible: self._preferred(possible, prefix))
+            if route is None:  # the layout changed since admission: the widest group can hold most
+                route = Route(max(groups, key=lambda group: group.kv_tokens), honoured=False)
+            request.data_parallel_rank = route.group.leader
+        elif pinned is None:
+            group = self._preferred(candidates(groups, tokens, width), prefix)
+            request.data_parallel_rank = None if group is None else group.leader
+        return prefix
+
+    def _prefix(self, request: Any, state: BoardState) -> Prefix:
+        if self._affinity is None:
+            return ()
+        self._affinity.follow([group.engines for group in state.groups])
+        return prefix_keys(request.prompt_token_ids or (), request.cache_salt)
+
+    def _preferred(self, groups: Sequence[GroupState], prefix: Prefix) -> GroupState | None:
+        return None if self._affinity is None else self._affinity.preferred(groups, prefix)
+
+    def record(self, chosen: bytes, prefix: Prefix) -> None:
+        """Note which engine took the request: for later ones with its prefix, and for the HTTP layer."""
         if not self._board.exists:
             return
-        state = self._board.read()
-        pinned, width = request.data_parallel_rank, self._wanted_width(request)
-        merged = any(len(group.engines) > 1 for group in state.groups)
-        if not merged and (width in (None, 1)):
-            return
-        route = choose_group(self._groups(state), self._tokens(request, state), width, pinned)
-        if route is None:  # the layout changed since admission: the widest group can hold most
-            widest = max(self._groups(state), key=lambda group: group.kv_tokens)
-            route = Route(widest, honoured=False)
-        request.data_parallel_rank = route.group.leader
-
-    def record(self, chosen: bytes) -> None:
-        """Note for the HTTP layer which group took the request."""
-        record = served_layouts.get()
-        if record is None or not self._board.exists:
-            return
         engine = self._client.core_engines.index(chosen)
+        if self._affinity is not None:
+            self._affinity.remember(prefix, engine)
+        record = served_layouts.get()
+        if record is None:
+            return
         state = self._board.read()
         group = next(group.engines for group in state.groups if engine in group.engines)
         record.add(group, len(group) * state.engine_tp)
@@ -187,6 +210,9 @@ def router_of(client: Any, vllm_config: Any) -> Router | None:
         return None
     router: Router | None = getattr(client, "_flying_router", None)
     if router is None:
-        router = Router(client, settings_from_vllm_config(vllm_config), vllm_config.model_config.max_model_len)
+        settings = settings_from_vllm_config(vllm_config)
+        remembers = settings.prefix_affinity and vllm_config.cache_config.enable_prefix_caching
+        affinity = PrefixAffinity() if remembers else None
+        router = Router(client, settings, vllm_config.model_config.max_model_len, affinity)
         client._flying_router = router
     return router

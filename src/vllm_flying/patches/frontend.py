@@ -32,11 +32,11 @@ def _route(choose: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(choose)
     def choose_by_layout(self: Any, request: Any) -> Any:
         router = router_of(self, self.vllm_config)
-        if router is not None and request.request_id not in self.reqs_in_flight:
-            router.route(request)
+        is_new = request.request_id not in self.reqs_in_flight
+        prefix = router.route(request) if router is not None and is_new else ()
         chosen = choose(self, request)
         if router is not None:
-            router.record(chosen)
+            router.record(chosen, prefix)
         return chosen
 
     return choose_by_layout

@@ -42,6 +42,10 @@ class Settings:
     """What a request's `parallelism_hint` does when no group has that width: `form` one, or `best_effort`: run where
     it can."""
 
+    prefix_affinity: bool = True
+    """Whether requests go to the group that has lately served the beginning of their prompt, as long as it has at most
+    two requests per engine more than the least loaded one. No effect without vLLM's prefix caching."""
+
     switch_method: str = "auto"
     """What happens to running requests at a switch that names no method: `drain` (they finish first), `pause` (they
     wait until their layout returns), `migrate` (their KV moves into the new layout) or `auto`."""

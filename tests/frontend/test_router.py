@@ -1,0 +1,120 @@
+"""The router leaves requests to vLLM's balancing, unless a merged group, a hint or a served prefix says otherwise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+from vllm_flying.core.affinity import PrefixAffinity
+from vllm_flying.core.hints import HINT_KEY
+from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard
+from vllm_flying.frontend.router import Router, router_of
+from vllm_flying.frontend.runtime import VARIABLE
+from vllm_flying.settings import Settings
+
+ENGINES = [b"0", b"1", b"2", b"3"]
+PROMPT = list(range(200))
+
+
+class Server:
+    """A router over engines that exist only as loads."""
+
+    def __init__(self, directory: Path, affinity: PrefixAffinity | None) -> None:
+        self.client = SimpleNamespace(
+            core_engines=ENGINES, client_count=1, engine_inflight=Counter(), lb_engines=[[0, 0, 0.0] for _ in ENGINES]
+        )
+        self.router = Router(self.client, Settings(num_engines=4), 4096, affinity)
+        self._board = LayoutBoard(directory)
+        self._epoch = 0
+        self.announce([[0], [1], [2], [3]])
+
+    def announce(self, groups: list[list[int]], kv_tokens: int = 1000) -> None:
+        self._epoch += 1
+        board_groups = tuple(BoardGroup(tuple(group), kv_tokens * len(group)) for group in groups)
+        self._board.publish(BoardState(self._epoch, 1, board_groups))
+
+    def send(self, prompt: list[int] | None = PROMPT, pinned: int | None = None, **fields: Any) -> int | None:
+        """The engine that the router names for a request; where it names none, vLLM is made to choose engine 3."""
+        params = SimpleNamespace(max_tokens=8, extra_args={HINT_KEY: fields["hint"]} if "hint" in fields else None)
+        request = SimpleNamespace(
+            prompt_token_ids=prompt, sampling_params=params, data_parallel_rank=pinned, cache_salt=fields.get("salt")
+        )
+        prefix = self.router.route(request)
+        engine: int | None = request.data_parallel_rank
+        self.router.record(ENGINES[3 if engine is None else engine], prefix)
+        return engine
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    return Server(tmp_path, PrefixAffinity())
+
+
+def test_only_a_known_beginning_is_pinned_while_engines_are_apart(server: Server) -> None:
+    assert server.send() is None, "vLLM's own balancing"
+    assert server.send() == 3, "which chose engine 3"
+    assert server.send([*PROMPT[:128], 1, 2, 3]) == 3
+    assert server.send(list(range(1, 200))) is None
+    assert server.send(PROMPT[:60]) is None, "shorter than a chunk"
+    assert server.send(None) is None, "a prompt of embeddings"
+    assert server.send(salt="other") is None
+
+
+def test_a_busy_engine_gets_no_more_for_the_sake_of_its_cache(server: Server) -> None:
+    server.send()
+    server.client.lb_engines[3] = [1, 1, 0.0]
+    assert server.send() == 3
+    server.client.lb_engines[3] = [1, 2, 0.0]
+    assert server.send() is None
+
+
+def test_a_request_that_names_its_engine_goes_there_and_is_remembered(server: Server) -> None:
+    server.send()
+    assert server.send(pinned=1) == 1
+    server.client.lb_engines[3] = [0, 1, 0.0]
+    assert server.send() == 1
+
+
+def test_an_engine_without_room_is_not_pinned(server: Server) -> None:
+    server.send()
+    server.announce([[0], [1], [2], [3]], kv_tokens=100)
+    assert server.send() is None
+
+
+def test_merged_groups_take_what_they_and_their_members_served(server: Server) -> None:
+    server.send()
+    server.announce([[0, 1], [2, 3]])
+    assert server.send() == 2, "engine 3 is parked, 2 leads it"
+    assert server.send(list(range(1, 200))) == 0
+    server.announce([[0], [1], [2, 3]])
+    assert server.send(hint="dp") == 0, "the width that was asked for comes first"
+
+
+def test_without_affinity_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    server = Server(tmp_path, None)
+    assert [server.send(), server.send()] == [None, None]
+    server.announce([[0, 1], [2, 3]])
+    assert [server.send(), server.send()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "caching", "remembers"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_affinity_needs_the_setting_and_prefix_caching(
+    setting: bool, caching: bool, remembers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    config = SimpleNamespace(
+        additional_config={"flying": {"prefix_affinity": setting}},
+        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+        model_config=SimpleNamespace(max_model_len=4096),
+    )
+    router = router_of(DPLBAsyncMPClient.__new__(DPLBAsyncMPClient), config)
+    assert router is not None and (router._affinity is not None) == remembers
