@@ -20,6 +20,7 @@ from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, Swit
 from vllm_flying.frontend.engines import EngineCalls
 from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.record import PHASES, add_wave, switch_record
+from vllm_flying.frontend.tracing import trace_switch
 from vllm_flying.settings import SWITCH_METHODS, Settings
 
 logger = init_logger("vllm.flying.switch")
@@ -79,7 +80,7 @@ class Switcher:
     ) -> dict[str, Any]:
         """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else."""
         chosen = "migrate" if method == "auto" else method
-        deadline = time.perf_counter() + timeout_s
+        started_ns, deadline = time.time_ns(), time.perf_counter() + timeout_s
         with switch_lock(self._directory):
             transaction, record = await self._switch_once(target, chosen, timeout_s, reason)
             for _ in range(MAX_WAVES):
@@ -92,7 +93,7 @@ class Switcher:
                     logger.warning("A further wave of the migration failed: %s", failed)
                     break
                 record = add_wave(record, wave)
-        metrics().switched(record)
+        _tell(record, started_ns)
         self._collect_later(transaction)
         if transaction.journey.staying and reason != FETCHING:
             self._later(self._fetch_paused(transaction.target))
@@ -105,7 +106,7 @@ class Switcher:
     async def _switch_once(
         self, target: Layout, method: str, timeout_s: float, reason: str
     ) -> tuple[SwitchTransaction, dict[str, Any]]:
-        state = self._board.read()
+        state, started_ns = self._board.read(), time.time_ns()
         if not state.has_switched:  # from now on aborts must reach every engine
             self._board.publish(replace(state, has_switched=True))
             state = self._board.read()
@@ -115,7 +116,7 @@ class Switcher:
         if transaction.phase is not Phase.COMMITTED:
             # The epoch is used up: an engine may have seen it.
             self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
-            metrics().switched(record)
+            _tell(record, started_ns)
             logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
             raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
         self._announce(state, transaction, record)
@@ -214,6 +215,11 @@ class Switcher:
                 except Exception as error:  # the server is going down, or an engine failed: vLLM reports it
                     logger.debug("Collecting from engine %d ended: %s", engine, error)
                     return
+
+
+def _tell(record: dict[str, Any], started_ns: int) -> None:
+    metrics().switched(record)
+    trace_switch(record, started_ns)
 
 
 def _time_limit(timeout_s: float) -> str:

@@ -215,6 +215,9 @@ USED = [
            ("self", "headers")),
     Symbol("vllm.entrypoints.serve.middleware.authenticate", "AuthenticationMiddleware", "API key"),
     Symbol("vllm.plugins.endpoint_plugins.interface", "EndpointPlugin", "HTTP routes"),
+    Symbol("vllm.tracing.otel", "is_otel_available", "a span per switch"),
+    Symbol("vllm.tracing", "init_tracer", "sets the tracer provider that spans go to",
+           ("instrumenting_module_name", "otlp_traces_endpoint")),
 ]  # fmt: skip
 
 
