@@ -33,9 +33,8 @@ beginnings = st.lists(st.integers(0, 2), max_size=4).map(lambda chunks: keys(*ch
 histories = st.lists(st.tuples(beginnings, st.integers(0, 7)), max_size=12)
 
 
-def after(history: list[tuple[Prefix, int]], layout: Layout) -> PrefixAffinity:
+def after(history: list[tuple[Prefix, int]]) -> PrefixAffinity:
     affinity = PrefixAffinity(slack=SLACK)
-    affinity.follow(layout.groups)
     for prefix, engine in history:
         affinity.remember(prefix, engine)
     return affinity
@@ -73,7 +72,7 @@ def test_the_size_is_bounded_and_what_was_used_last_is_kept(history: list[tuple[
 def test_the_longest_match_within_the_bounds_is_preferred(
     groups: list[GroupState], history: list[tuple[Prefix, int]], prefix: Prefix, tokens: int, width: int | None
 ) -> None:
-    affinity = after(history, Layout.of([group.engines for group in groups], 8))
+    affinity = after(history)
     possible = candidates(groups, tokens, width)
     least = min((group.load / len(group.engines) for group in possible), default=0)
 
@@ -98,7 +97,7 @@ def test_the_longest_match_within_the_bounds_is_preferred(
 
 def test_a_conversation_stays_and_what_all_begin_with_spreads() -> None:
     apart = Layout.separate(2)
-    affinity = after([(keys(1, 2), 0), (keys(1, 3), 1)], apart)
+    affinity = after([(keys(1, 2), 0), (keys(1, 3), 1)])
     busier = groups_of(apart, 2, 0)
     chosen = affinity.preferred(busier, keys(1, 2, 5))
     assert chosen is not None and chosen.leader == 0, "the conversation's own engine"
@@ -111,34 +110,18 @@ def test_a_conversation_stays_and_what_all_begin_with_spreads() -> None:
 
 def test_the_load_of_wide_groups_counts_per_engine() -> None:
     mixed = Layout.of([[0, 1], [2], [3]], 4)
-    affinity = after([(keys(1), 0)], mixed)
+    affinity = after([(keys(1), 0)])
     chosen = affinity.preferred(groups_of(mixed, 4, 0, 0), keys(1))
     assert chosen is not None and chosen.engines == (0, 1)
     assert affinity.preferred(groups_of(mixed, 5, 0, 0), keys(1)) is None
 
 
-def test_who_leads_no_more_is_forgotten_and_who_still_does_is_not() -> None:
-    apart, pairs = Layout.separate(4), Layout.of([[0, 1], [2], [3]], 4)
-    affinity = after([(keys(1), 1), (keys(2), 2)], apart)
-    affinity.follow(pairs.groups)
-    parked = affinity.preferred(groups_of(pairs, 0, 0, 0), keys(1))
-    assert parked is not None and parked.engines == (0, 1), "the group has what its member served"
-    affinity.remember(keys(3), 1)
-    affinity.follow(apart.groups)
-    for prefix, leader in ((keys(1), 0), (keys(2), 2), (keys(3), 0)):
-        chosen = affinity.preferred(groups_of(apart, 0, 0, 0, 0), prefix)
-        assert chosen is not None and chosen.leader == leader
-
-
 @settings(deadline=None)
-@given(histories, layouts(8), layouts(8))
-def test_a_new_layout_loses_nothing_and_names_leaders_only(
-    history: list[tuple[Prefix, int]], before: Layout, now: Layout
-) -> None:
-    affinity = after(history, before)
-    size = len(affinity)
-    affinity.follow(now.groups)
-    assert len(affinity) == size
+@given(histories, layouts(8))
+def test_what_a_member_served_its_group_knows(history: list[tuple[Prefix, int]], layout: Layout) -> None:
+    affinity = after(history)
     for prefix, _ in history:
-        chosen = affinity.preferred(groups_of(now, *[0.0] * len(now.groups)), prefix)
+        chosen = affinity.preferred(groups_of(layout, *[0.0] * len(layout.groups)), prefix)
         assert (chosen is None) == (not prefix)
+        if chosen is not None:
+            assert any(engine in chosen.engines for served, engine in history if set(served) & set(prefix))

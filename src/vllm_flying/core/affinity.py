@@ -1,7 +1,8 @@
 """Which engines have lately served the beginning of a prompt, and so may have its KV cached.
 
 Pure: no torch, no vllm. A guess, not a record of any cache: a wrong one costs a prefill that was due anyway, and never
-more than `SLACK` requests of imbalance.
+more than `SLACK` requests of imbalance. Entries name engines: a merged group is asked for what any member served, and
+an engine's own prefixes are still with it after a split.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from vllm_flying.core.routing import GroupState
-from vllm_flying.core.topology import Group
 
 CHUNK_TOKENS = 64
 # Prompts that agree in so many chunks (8192 tokens) are taken for the same.
@@ -40,30 +40,17 @@ class PrefixAffinity:
     def __init__(self, most_entries: int = MOST_ENTRIES, slack: float = SLACK) -> None:
         self._most_entries = most_entries
         self._slack = slack
-        self._leaders: dict[int, int] = {}
         self._served: OrderedDict[int, tuple[int, ...]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._served)
 
-    def follow(self, groups: Sequence[Group]) -> None:
-        """The present layout. What a leader served that leads no more is its group's: its requests moved there."""
-        leaders = {engine: group[0] for group in groups for engine in group}
-        if leaders == self._leaders:
-            return
-        self._leaders = leaders
-        present = {old: tuple(dict.fromkeys(leaders[engine] for engine in old)) for old in set(self._served.values())}
-        for key, old in self._served.items():
-            if present[old] != old:
-                self._served[key] = present[old]
-
     def remember(self, prefix: Prefix, engine: int) -> None:
         """An engine was given a request with this prefix."""
-        leader = self._leaders.get(engine, engine)
         # The longest first: of one prompt's keys the shortest, which most others share, are forgotten last.
         for key in reversed(prefix):
-            others = (other for other in self._served.pop(key, ()) if other != leader)
-            self._served[key] = (leader, *others)
+            others = (other for other in self._served.pop(key, ()) if other != engine)
+            self._served[key] = (engine, *others)
         while len(self._served) > self._most_entries:
             self._served.popitem(last=False)
 
@@ -75,8 +62,8 @@ class PrefixAffinity:
         least = min((group.load_per_engine for group in groups), default=0.0)
         near = [group for group in groups if group.load_per_engine <= least + self._slack]
         for key in reversed(prefix):
-            leaders = self._served.get(key, ())
-            matching = [group for group in near if group.leader in leaders]
+            served = self._served.get(key, ())
+            matching = [group for group in near if any(engine in group.engines for engine in served)]
             if matching:
                 return min(matching, key=lambda group: (group.load_per_engine, group.leader))
         return None

@@ -168,7 +168,7 @@ class Router:
         state = self._board.read()
         groups, tokens = self._groups(state), self._tokens(request, state)
         pinned, width = request.data_parallel_rank, self._wanted_width(request)
-        prefix = self._prefix(request, state)
+        prefix = self._prefix(request)
         merged = any(len(group.engines) > 1 for group in state.groups)
         if merged or width not in (None, 1):
             route = choose_group(groups, tokens, width, pinned, lambda possible: self._preferred(possible, prefix))
@@ -180,10 +180,9 @@ class Router:
             request.data_parallel_rank = None if group is None else group.leader
         return prefix
 
-    def _prefix(self, request: Any, state: BoardState) -> Prefix:
+    def _prefix(self, request: Any) -> Prefix:
         if self._affinity is None:
             return ()
-        self._affinity.follow([group.engines for group in state.groups])
         return prefix_keys(request.prompt_token_ids or (), request.cache_salt)
 
     def _preferred(self, groups: Sequence[GroupState], prefix: Prefix) -> GroupState | None:
