@@ -38,13 +38,13 @@ class PageContents:
         """
         former = self._former_of(width)
         wanted = former[virtual]
-        again = np.isin(wanted, free) & (wanted > 0)
+        again = self._among(wanted, free) & (wanted > 0)
         physical = np.zeros_like(virtual)
         physical[again] = wanted[again]
-        physical[~again] = free[~np.isin(free, wanted[again])]
+        physical[~again] = free[~self._among(free, wanted[again])]
         strange = physical[~again]
         self._writer[strange[self._writer[strange] == width]] = 0  # the KV of another virtual page of this group
-        former[np.isin(former, physical)] = 0
+        former[self._among(former, physical)] = 0
         former[virtual] = physical
         return physical
 
@@ -52,6 +52,13 @@ class PageContents:
         """Those of `virtual` that hold what the group of `width` wrote into them last."""
         holding: Pages = virtual[self._writer[physical] == width]
         return holding
+
+    def _among(self, pages: Pages, others: Pages) -> np.ndarray:
+        """Which of `pages` are among `others`, in linear time."""
+        mask = np.zeros(len(self._writer), dtype=bool)
+        mask[others] = True
+        found: np.ndarray = mask[pages]
+        return found
 
     def _former_of(self, width: int) -> Pages:
         if width not in self._former:

@@ -66,7 +66,7 @@ class PageLeases:
         for pages in (virtual, physical):
             if len(pages) and not (pages.min() > 0 and pages.max() < self.num_pages):
                 raise LeaseError(f"a page of the lease is outside 1..{self.num_pages - 1}")
-            if len(np.unique(pages)) != len(pages):
+            if self._named(pages).sum() != len(pages):
                 raise LeaseError("a page is named twice in one lease")
         mapping = self._map(width)
         if self._lent[physical].any():
@@ -80,7 +80,7 @@ class PageLeases:
         """End the lease of `virtual` pages; returns their physical pages, in the same order."""
         virtual = as_pages(virtual)
         mapping = self._map(width)
-        if len(np.unique(virtual)) != len(virtual):
+        if self._named(virtual).sum() != len(virtual):
             raise LeaseError(f"a virtual page of width {width} is named twice")
         physical = mapping[virtual]
         if not physical.all():
@@ -88,6 +88,11 @@ class PageLeases:
         mapping[virtual] = 0
         self._lent[physical] = False
         return physical
+
+    def _named(self, pages: Pages) -> np.ndarray:
+        named = np.zeros(self.num_pages, dtype=bool)
+        named[pages] = True
+        return named
 
     def _map(self, width: int) -> Pages:
         if width not in self._backing:

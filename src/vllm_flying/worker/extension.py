@@ -31,6 +31,7 @@ from vllm_flying.worker.layout_table import LayoutTable, WorkerLayout, wide_vllm
 from vllm_flying.worker.memory import memory_report
 from vllm_flying.worker.probe import probe_runner
 from vllm_flying.worker.relay import Relay
+from vllm_flying.worker.sampling_seed import seed_sampling
 
 logger = init_logger("vllm.flying.worker")
 
@@ -223,7 +224,7 @@ class WorkerExtension(GroupCalls):
         layout.pages.add(virtual, physical)
         self.model_runner = layout.runner
         # Unseeded sampling draws from the process's generators: all members must hold the same state.
-        set_random_seed(seed)
+        seed_sampling(self.device, seed)
         return layout
 
     def _flying_leave(self, returned: Pages) -> None:
