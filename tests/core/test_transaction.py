@@ -58,7 +58,7 @@ class Engine:
     def handle(self, call: Call) -> Any:
         return getattr(self, call.operation)(**call.arguments)
 
-    def prepare(self, epoch: int, method: str) -> dict[str, Any]:
+    def prepare(self, epoch: int, method: str, rates: list[float | None]) -> dict[str, Any]:
         if self.preparing is not None:
             raise Refusal("switching already")
         self.preparing = epoch
@@ -97,7 +97,7 @@ class Engine:
         ]
         return {"free_tokens": lease + 1 if len(group) > 1 else len(self.own_free) + 1, "offers": offers, "intact": b""}
 
-    def admit(self, epoch: int, packed: list[bytes], intact: bytes) -> dict[str, Any]:
+    def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes) -> dict[str, Any]:
         admitted = {}
         for raw in packed:
             pages = self.own_free if len(self.group) == 1 else self.free[len(self.group)]

@@ -22,6 +22,7 @@ DP, TP = [[0], [1]], [[0, 1]]
 PAGES = 127  # of 32 tokens, in 8 MiB of the two-layer model
 SWITCHES = 100
 PROMPTS = random_prompts(61, (24, 70, 130, 200))
+NONE = {"finished": 0, "moved": 0, "recomputed": 0, "paused": 0}
 GREEDY = {"temperature": 0, "ignore_eos": True}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {"prompt": PROMPTS[0], "max_tokens": 90},
@@ -48,7 +49,7 @@ def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1",
         "--scheduling-policy", "priority",
     )  # fmt: skip
-    with Server(model, log, *arguments, kv_bytes=8 << 20) as running:
+    with Server(model, log, *arguments, kv_bytes=8 << 20, settings={"paused_limit_s": 0.4}) as running:
         yield running
 
 
@@ -114,12 +115,13 @@ def test_every_feature_survives_random_switches_and_aborts(server: Server) -> No
     threads = [threading.Thread(target=client, args=(seed,)) for seed in range(4)] + [threading.Thread(target=leaver)]
     for thread in threads:
         thread.start()
-    source, moved = random.Random(4), 0
+    source, moved, recomputed = random.Random(4), 0, 0
     try:
         for index in range(SWITCHES):
             method = source.choice(["migrate", "migrate", "migrate", "auto", "pause"])
             record = server.switch((TP, DP)[index % 2], method=method)
             moved += record["requests"]["moved"]
+            recomputed += record["recomputed_tokens"]
             time.sleep(source.uniform(0.0, 0.15))
         server.switch(TP, method="migrate")  # what is still paused comes along
     finally:
@@ -128,6 +130,7 @@ def test_every_feature_survives_random_switches_and_aborts(server: Server) -> No
             thread.join()
     assert not problems, problems[:2]
     assert moved >= SWITCHES
+    assert recomputed == 0
     assert set(finished) == set(CASES)
 
 
@@ -150,7 +153,7 @@ def test_full_engines_migrate_in_waves(server: Server) -> None:
     for stream in streams:
         stream.wait_for_tokens()
     record = server.switch(TP, method="migrate")
-    assert record["requests"] == {"moved": 6, "paused": 0}, str(record)
+    assert record["requests"] == {**NONE, "moved": 6}, str(record)
     assert record["waves"] > 1, str(record)
     back = server.switch(DP, method="migrate")
     assert back["requests"]["moved"] + back["requests"]["paused"] == 6, str(back)
@@ -184,7 +187,7 @@ def test_paused_requests_are_fetched_into_the_present_layout(server: Server) -> 
     server.switch(TP, method="pause")
     wait_for(server, "paused", 1)
     record = server.switch(TP, method="migrate")
-    assert record["requests"] == {"paused": 0, "moved": 1}
+    assert record["requests"] == {**NONE, "moved": 1}
     assert len(stream.tokens()) == 300
     assert server.status()["groups"][0]["engines"] == [0, 1]
 
@@ -210,3 +213,54 @@ def test_a_shared_prefix_is_copied_once(server: Server) -> None:
         server.switch(DP, method="migrate")
     alone, three = sizes
     assert 0 < three < 2 * alone, sizes
+
+
+def recomputed_tokens(server: Server) -> float:
+    """The metric."""
+    lines = server.client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm_flying_recomputed_tokens_total"))
+
+
+def test_requests_without_room_are_computed_again_after_a_while_and_counted(server: Server) -> None:
+    prompts = random_prompts(81, [1400] * 5)
+    expected = [server.tokens(prompt, 60) for prompt in prompts]
+    server.client.post("/reset_prefix_cache")
+    before, count = server.scheduled_tokens(), recomputed_tokens(server)
+    ranks = [{"X-data-parallel-rank": str(index % 2)} for index in range(4)]
+    streams = [Background(server, prompt, 60, extra_headers=rank) for prompt, rank in zip(prompts, ranks, strict=False)]
+    for stream in streams:
+        stream.wait_for_tokens()
+    server.switch(TP, method="pause")
+    streams.append(Background(server, prompts[4], 60))
+    streams[4].wait_for_tokens()
+    record = server.switch(TP, method="migrate")
+    assert record["requests"] == {**NONE, "paused": 4}, str(record)
+    assert [stream.tokens() for stream in streams] == expected
+    again = recomputed_tokens(server) - count
+    assert again >= 4 * 1400
+    assert server.scheduled_tokens() - before == 5 * (1400 + 60 - 1) + again
+
+
+def test_cached_prefixes_outlive_the_other_layout(server: Server) -> None:
+    alone, wide, other = random_prompts(82, (640, 640, 320))
+    headers = {"X-data-parallel-rank": "1"}
+    expected = [server.tokens(prompt, 8) for prompt in (alone, wide)]
+    server.client.post("/reset_prefix_cache")
+
+    def computed(prompt: list[int], tokens: list[int], **options: Any) -> int:
+        before = server.scheduled_tokens()
+        assert server.tokens(prompt, 8, **options) == tokens
+        return server.scheduled_tokens() - before
+
+    assert computed(alone, expected[0], headers=headers) == 647
+    server.switch(TP)
+    assert computed(wide, expected[1]) == 647
+    server.switch(DP)
+    assert computed(alone, expected[0], headers=headers) < 100
+    server.tokens(other, 8)
+    server.switch(TP)
+    assert computed(wide, expected[1]) < 100
+    for prompt in random_prompts(83, [1500] * 6):  # more than there are pages
+        server.tokens(prompt, 8)
+    server.switch(DP)
+    assert computed(alone, expected[0], headers=headers) == 647

@@ -32,6 +32,16 @@ class StepCost:
         """Whether there is anything to predict from."""
         return self.steps > 0
 
+    @property
+    def prompt_token_s(self) -> float | None:
+        """Seconds per prompt token, if known."""
+        return self.numbers()[1] if self.known else None
+
+    def decode_step_s(self, requests: int) -> float:
+        """Seconds of a step in which so many requests decode."""
+        fixed, _, per_decode = self.numbers()
+        return fixed + per_decode * requests
+
     def learn(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
         """A step was run."""
         x = (1.0, prompt_tokens / 64.0, decodes / 8.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_flying.core.contents import common
 from vllm_flying.core.migration import Offer, place_offers
+from vllm_flying.core.pricing import MoveRates, Price, to_recompute
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
 
@@ -31,8 +32,19 @@ class Journey:
 
     epoch: int
     target: Layout
+    rates: MoveRates | None = None
+    """To price moving by; without, what can move does."""
+    last_resort: bool = False
+    """Requests for which there is no room are computed again, where they can be at all."""
     offers: dict[str, Offer] = field(default_factory=dict)
     room: dict[Group, int] = field(default_factory=dict)
+    """Free KV tokens of the target groups."""
+    capacity: dict[Group, int] = field(default_factory=dict)
+    """All their KV tokens."""
+    prefill_s: dict[Group, float | None] = field(default_factory=dict)
+    """Seconds per prompt token there, if known."""
+    recomputed: set[str] = field(default_factory=set)
+    """Requests that arrive without their KV."""
     moves: list[dict[str, Any]] = field(default_factory=list)
     arrived: dict[str, int] = field(default_factory=dict)
     """Request -> leader of the group that admitted it."""
@@ -50,6 +62,11 @@ class Journey:
         """Requests that wait, paused, for their layout: nobody had room for them."""
         return len(self.offers) - len(self.arrived)
 
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens whose KV was given up; fewer are computed again if the new layout has a prefix cached."""
+        return sum(self.offers[i].tokens for i in self.recomputed & self.arrived.keys())
+
     def moved(self, engine: int, reply: dict[str, Any]) -> None:
         """An engine is in its new group: what it offers, and the room it has if it leads."""
         for raw in reply.get("offers", ()):
@@ -60,19 +77,55 @@ class Journey:
         self.intact.setdefault(group, []).append(reply["intact"])
         if engine == group[0]:
             self.room[group] = reply["free_tokens"]
+            self.capacity[group] = reply.get("capacity_tokens", 0)
+            self.prefill_s[group] = reply.get("prefill_s")
 
     def admissions(self, groups: Sequence[Group]) -> list[Call]:
         """Offers to the leaders that have room for them."""
-        placed, _ = place_offers(list(self.offers.values()), {group: self.room.get(group, 0) for group in groups})
+        self.recomputed = self._cheaper_anew()
+        room = {group: self.room.get(group, 0) for group in groups}
+        placed, unplaced = place_offers(list(self.offers.values()), room, self.recomputed)
+        if self.last_resort:
+            for offer in unplaced:
+                self._place_anew(offer, placed)
         return [
             Call(
                 group[0],
                 "admit",
-                {"epoch": self.epoch, "packed": [o.packed for o in offers], "intact": self._intact(group)},
+                {
+                    "epoch": self.epoch,
+                    "packed": [offer.packed for offer in offers],
+                    "recomputed": [o.request_id for o in offers if o.request_id in self.recomputed],
+                    "intact": self._intact(group),
+                },
             )
             for group, offers in placed.items()
             if offers
         ]
+
+    def _cheaper_anew(self) -> set[str]:
+        if self.rates is None:
+            return set()
+        known = [seconds for seconds in self.prefill_s.values() if seconds is not None]
+        prices = {}
+        for offer in self.offers.values():
+            wide, narrow = self._widths(offer)
+            move_s = self.rates.move_s(offer.kv_bytes * (wide - narrow) / wide)
+            anew = max(known) * offer.tokens if known and offer.recomputable else None
+            prices[offer.request_id] = Price(move_s, anew)
+        return to_recompute(prices, self.rates.rounds_s)
+
+    def _widths(self, offer: Offer) -> tuple[int, int]:
+        here = len(offer.source)
+        there = max(len(self.target.group_of(engine)) for engine in offer.source)
+        return max(here, there), min(here, there)
+
+    def _place_anew(self, offer: Offer, placed: dict[Group, list[Offer]]) -> None:
+        """Let a request begin again in the group that can hold it and has least to do."""
+        able = [g for g in placed if set(g) & set(offer.source) and self.capacity.get(g, 0) >= offer.most_tokens]
+        if able and offer.recomputable:
+            self.recomputed.add(offer.request_id)
+            placed[min(able, key=lambda group: (len(placed[group]) / len(group), group))].append(offer)
 
     def admitted(self, leader: int, reply: dict[str, Any]) -> None:
         """A leader has pages for these requests."""

@@ -8,7 +8,7 @@ run of bytes that moves as a whole is one kernel block of the wider one: a *unit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ class Offer:
     state: bytes | None = None
     priority: int = 0
     arrival_time: float = 0.0
+    kv_bytes: int = 0
+    """Bytes of its KV, on all members of `source` together."""
+    most_tokens: int = 0
+    """KV tokens that it may come to need."""
+    recomputable: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,23 +76,24 @@ class Units:
 
 
 def place_offers(
-    offers: Sequence[Offer], room: Mapping[Group, int]
+    offers: Sequence[Offer], room: Mapping[Group, int], recomputed: Collection[str] = ()
 ) -> tuple[dict[Group, list[Offer]], list[Offer]]:
     """Which target group takes each offer, and the offers that none can.
 
-    `room` is the free KV tokens of each target group. A request goes to a group that shares an engine with its
-    source, the emptiest by engine; urgent and early requests choose first.
+    `room` is the free KV tokens of each target group; `recomputed` requests wait for theirs where they go. A request
+    goes to a group that shares an engine with its source, the emptiest by engine; urgent and early ones choose first.
     """
     left = dict(room)
     placed: dict[Group, list[Offer]] = {group: [] for group in room}
     unplaced = []
     for offer in sorted(offers, key=lambda offer: (offer.priority, offer.arrival_time, offer.request_id)):
-        fitting = [group for group in left if set(group) & set(offer.source) and left[group] > offer.tokens]
+        tokens = 0 if offer.request_id in recomputed else offer.tokens
+        fitting = [group for group in left if set(group) & set(offer.source) and left[group] > tokens]
         if not fitting:
             unplaced.append(offer)
             continue
         best = max(fitting, key=lambda group: (left[group] / len(group), -group[0]))
-        left[best] -= offer.tokens
+        left[best] -= tokens
         placed[best].append(offer)
     return placed, unplaced
 

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from vllm_flying.core.journey import Call, Journey
+from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
 
@@ -63,6 +64,10 @@ class SwitchTransaction:
     method: str
     phase: Phase = Phase.PREPARE
     failure: str | None = None
+    rates: MoveRates = field(default_factory=MoveRates)
+    """What moving costs, for the method `auto`."""
+    last_resort: bool = False
+    """Begun requests without room are computed again instead of waiting for some."""
     prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
     proof: list[dict[str, Any]] = field(default_factory=list)
     committed: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -72,12 +77,13 @@ class SwitchTransaction:
     _failed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.journey = Journey(self.epoch, self.target)
+        rates = self.rates if self.method == "auto" else None
+        self.journey = Journey(self.epoch, self.target, rates, self.last_resort)
 
     @property
     def migrates(self) -> bool:
         """Whether begun requests move into the new layout."""
-        return self.method == "migrate"
+        return self.method in ("migrate", "auto")
 
     @property
     def engines(self) -> tuple[int, ...]:
@@ -205,7 +211,8 @@ class SwitchTransaction:
         return []
 
     def _prepare(self, engine: int) -> Call:
-        return Call(engine, "prepare", {"epoch": self.epoch, "method": self.method})
+        rates = [self.rates.rounds_s, self.rates.seconds_per_byte]
+        return Call(engine, "prepare", {"epoch": self.epoch, "method": self.method, "rates": rates})
 
     def _commit(self, engine: int) -> Call:
         arguments = {"epoch": self.epoch, "recipients": self.recipients(engine)}

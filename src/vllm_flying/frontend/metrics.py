@@ -32,6 +32,8 @@ DEFINITIONS = {
     "phases": Definition("histogram", "switch_phase_seconds", "Seconds spent in each phase of a switch.", ("phase",)),
     "paused": Definition("counter", "requests_paused", "Begun requests that a switch left waiting for their layout."),
     "moved": Definition("counter", "requests_moved", "Begun requests that moved into the new layout with their KV."),
+    "recomputed": Definition("counter", "recomputed_tokens", "Tokens whose KV was given up at switches; 0 where "
+                             "memory suffices."),
     "bytes": Definition("counter", "kv_bytes_moved", "Bytes of KV that went from worker to worker at switches."),
     "hints": Definition("counter", "hints", "Requests with a parallelism_hint, by whether it was honoured.",
                         ("hint", "honoured")),
@@ -74,6 +76,7 @@ class Metrics:
         if record["outcome"] == "committed":
             self.layout(record["to"])
             self._collectors["paused"].inc(record["requests"]["paused"])
+            self._collectors["recomputed"].inc(record["recomputed_tokens"])
             self._collectors["moved"].inc(record["requests"]["moved"])
             self._collectors["bytes"].inc(record["kv"]["bytes"])
 

@@ -15,7 +15,9 @@ PHASES = ("prepare", "move", "admit", "transfer", "prove", "release", "commit", 
 def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
     """What one transaction did. `seconds` has the time of each phase and the `total`."""
     journey = transaction.journey
-    moved = len(journey.arrived) if transaction.phase.value == "committed" else 0
+    committed = transaction.phase.value == "committed"
+    moved = len(journey.arrived) if committed else 0
+    recomputed = len(journey.recomputed & journey.arrived.keys()) if committed else 0
     begun = sum(reply["begun"] for reply in transaction.prepared.values())
     paused = journey.staying if transaction.migrates else begun
     return {
@@ -26,7 +28,13 @@ def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], rea
         "method": transaction.method,
         "outcome": transaction.phase.value.replace(" ", "_"),
         "error": transaction.failure,
-        "requests": {"paused": paused, "moved": moved},
+        "requests": {
+            "finished": sum(reply.get("finished", 0) for reply in transaction.prepared.values()),
+            "moved": moved - recomputed,
+            "recomputed": recomputed,
+            "paused": paused,
+        },
+        "recomputed_tokens": journey.recomputed_tokens if committed else 0,
         "kv": journey.report(),
         "waves": 1,
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
@@ -41,7 +49,11 @@ def add_wave(record: dict[str, Any], wave: dict[str, Any]) -> dict[str, Any]:
     return {
         **record,
         "epoch": wave["epoch"],
-        "requests": {**requests, "moved": record["requests"]["moved"] + requests["moved"]},
+        "requests": {
+            **{name: record["requests"][name] + requests[name] for name in ("finished", "moved", "recomputed")},
+            "paused": requests["paused"],
+        },
+        "recomputed_tokens": record["recomputed_tokens"] + wave["recomputed_tokens"],
         "kv": {"bytes": total_bytes, "seconds": seconds, "bytes_per_s": round(total_bytes / seconds) if seconds else 0},
         "waves": record["waves"] + 1,
         "seconds": {name: round(value + wave["seconds"][name], 6) for name, value in record["seconds"].items()},

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Layout, LayoutError
 from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
@@ -54,6 +55,7 @@ class Switcher:
         self._board = board
         self._directory = directory
         self._settings = settings
+        self._rates = MoveRates()
         self._background: set[asyncio.Task[None]] = set()
 
     def layout(self) -> Layout:
@@ -76,41 +78,51 @@ class Switcher:
         return target
 
     async def switch(
-        self, target: Layout, method: str = "auto", timeout_s: float = 30.0, reason: str = OPERATOR
+        self,
+        target: Layout,
+        method: str = "auto",
+        timeout_s: float = 30.0,
+        reason: str = OPERATOR,
+        last_resort: bool = False,
     ) -> dict[str, Any]:
-        """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else."""
-        chosen = "migrate" if method == "auto" else method
+        """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else.
+
+        With `last_resort`, begun requests that find no room are computed again.
+        """
         started_ns, deadline = time.time_ns(), time.perf_counter() + timeout_s
         with switch_lock(self._directory):
-            transaction, record = await self._switch_once(target, chosen, timeout_s, reason)
+            transaction, record = await self._switch_once(target, method, timeout_s, reason, last_resort)
             for _ in range(MAX_WAVES):
                 left = deadline - time.perf_counter()
                 if not (transaction.journey.staying and transaction.journey.arrived) or left <= 0:
                     break
                 try:
-                    transaction, wave = await self._switch_once(target, chosen, left, reason)
+                    transaction, wave = await self._switch_once(target, method, left, reason, last_resort)
                 except SwitchFailed as failed:
                     logger.warning("A further wave of the migration failed: %s", failed)
                     break
                 record = add_wave(record, wave)
+        self._rates = self._rates.learn(record)
         _tell(record, started_ns)
         self._collect_later(transaction)
         if transaction.journey.staying and reason != FETCHING:
             self._later(self._fetch_paused(transaction.target))
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
-            record["epoch"], record["from"], record["to"], reason, chosen, 1e3 * record["seconds"]["total"],
+            record["epoch"], record["from"], record["to"], reason, method, 1e3 * record["seconds"]["total"],
         )  # fmt: skip
         return record
 
     async def _switch_once(
-        self, target: Layout, method: str, timeout_s: float, reason: str
+        self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool
     ) -> tuple[SwitchTransaction, dict[str, Any]]:
         state, started_ns = self._board.read(), time.time_ns()
         if not state.has_switched:  # from now on aborts must reach every engine
             self._board.publish(replace(state, has_switched=True))
             state = self._board.read()
-        transaction = SwitchTransaction(state.epoch + 1, self.layout(), target, method)
+        transaction = SwitchTransaction(
+            state.epoch + 1, self.layout(), target, method, rates=self._rates, last_resort=last_resort
+        )
         seconds = await self._run(transaction, timeout_s)
         record = switch_record(transaction, seconds, reason)
         if transaction.phase is not Phase.COMMITTED:
@@ -188,13 +200,19 @@ class Switcher:
         task.add_done_callback(self._background.discard)
 
     async def _fetch_paused(self, layout: Layout) -> None:
-        """Requests that found no room move as soon as there is some: a pause must not become for ever."""
+        """Requests that found no room move as soon as there is some, or are computed again after long enough.
+
+        A pause must not become for ever.
+        """
+        waited = 0.0
         for wait_s in FETCH_AFTER_S:
             await asyncio.sleep(wait_s)
+            waited += wait_s
             if self.layout() != layout:
                 return
             try:
-                record = await self.switch(layout, "migrate", reason=FETCHING)
+                last_resort = waited >= self._settings.paused_limit_s
+                record = await self.switch(layout, "migrate", reason=FETCHING, last_resort=last_resort)
             except (SwitchPendingError, SwitchFailed) as error:
                 logger.debug("Paused requests could not be fetched now: %s", error)
                 continue

@@ -6,7 +6,7 @@ a step. The switcher in an API server sends the calls; see docs/architecture.md 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_flying.core.contents import ALONE, PageContents, from_bitmap, to_bitmap
 from vllm_flying.core.leases import PageLeases, Pages, as_pages
+from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Group
 from vllm_flying.scheduler import departures, registry
 from vllm_flying.scheduler.arrivals import Arrivals
@@ -47,6 +48,7 @@ class EngineAgent:
         self._parked_call: Any = None
         self._resting: Future[dict[str, Any]] | None = None
         self._draining = False
+        self._finishing = 0
         self._arrivals: Arrivals | None = None
         self._probes: dict[int, list[tuple[int, float]]] | None = None
         registry.register_agent(vllm_config, self)
@@ -167,8 +169,14 @@ class EngineAgent:
 
     # ---- a switch, step by step -----------------------------------------------------------------------------------
 
-    def prepare(self, epoch: int, method: str) -> dict[str, Any] | Future[dict[str, Any]]:
-        """Come to rest: keep new and fresh requests aside, let steps in flight end; `drain` lets what has begun end."""
+    def prepare(
+        self, epoch: int, method: str, rates: Sequence[float | None] = (None, None)
+    ) -> dict[str, Any] | Future[dict[str, Any]]:
+        """Come to rest: keep new and fresh requests aside, let steps in flight end.
+
+        With `drain`, and with `auto` where that is sooner than moving them at `rates` (see MoveRates), begun requests
+        finish first.
+        """
         if self._preparing is not None:
             raise SwitchRefused(f"engine {self.engine} is being switched already (epoch {self._preparing})")
         if epoch <= self.epoch:
@@ -178,7 +186,9 @@ class EngineAgent:
         facade.holding = True
         if not facade.parked:
             facade.set_aside_fresh()
-        self._draining = method == "drain" and not facade.parked and facade.active.has_requests()
+        drains = method == "drain" or (method == "auto" and departures.finishing_pays(facade, MoveRates(*rates)))
+        self._draining = drains and not facade.parked and facade.active.has_requests()
+        self._finishing = sum(facade.active.get_request_counts()) if self._draining else 0
         facade.stopped = not self._draining
         if self._draining or facade.steps_in_flight:
             self._resting = Future()
@@ -202,6 +212,7 @@ class EngineAgent:
             "free_pages": facade.pools[1].num_free,
             "returnable_pages": facade.pools[facade.active_width].num_free if leading else 0,
             "begun": running + waiting,
+            "finished": self._finishing,
             "paused_widths": departures.paused_widths(facade),
         }
 
@@ -218,6 +229,8 @@ class EngineAgent:
         pool = self.facade.pools[self.facade.active_width]
         return {
             "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
+            "capacity_tokens": self._kv_tokens(),
+            "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
             "intact": to_bitmap(intact, self._num_pages),
         }
@@ -288,11 +301,11 @@ class EngineAgent:
         self.leases.lend(width, virtual, physical)
         return virtual, physical
 
-    def admit(self, epoch: int, packed: list[bytes], intact: bytes = b"") -> dict[str, Any]:
-        """Leaders: find pages for begun requests from other layouts. `intact` as in `commit`."""
+    def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes) -> dict[str, Any]:
+        """Leaders: find pages for begun requests from other layouts, `recomputed` ones aside. `intact` as in `commit`."""
         self._check_prepared(epoch)
         self._confirm_prefixes(intact)
-        return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens)}
+        return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens, recomputed)}
 
     @cached_property
     def _kernel_block_tokens(self) -> int:

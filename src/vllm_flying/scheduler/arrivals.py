@@ -7,7 +7,7 @@ copied once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -28,8 +28,10 @@ class Arrivals:
         self._requests: dict[str, Request] = {}
         self._aborted: set[str] = set()
 
-    def admit(self, packed: Sequence[bytes], kernel_block_tokens: int) -> dict[str, Any]:
-        """Allocate pages in the active layout; what finds no room is left out.
+    def admit(
+        self, packed: Sequence[bytes], kernel_block_tokens: int, recomputed: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Allocate pages in the active layout; what finds no room is left out. `recomputed` requests need none yet.
 
         Returns for each admitted request its pages and the kernel blocks that must be copied into them.
         """
@@ -38,6 +40,8 @@ class Arrivals:
             request = unpack_begun(raw, self._facade.structured_output_manager)
             if request is None:
                 continue
+            if request.request_id in recomputed:
+                request.num_computed_tokens = 0
             computed = request.num_computed_tokens
             cached = self._allocate(request)
             if cached is None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_flying.core import pricing
+from vllm_flying.core.pricing import MoveRates
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_begun
 
@@ -58,7 +60,34 @@ def make_offer(facade: FlyingScheduler, width: int, request: Request, state: byt
         "state": state,
         "priority": request.priority,
         "arrival_time": request.arrival_time,
+        "kv_bytes": len(pages) * page_bytes(facade) * width,
+        "most_tokens": request.num_prompt_tokens + request.max_tokens,
+        # Prompt logprobs are collected on the way through the prompt: halfway, they would be collected twice.
+        "recomputable": request.sampling_params.prompt_logprobs is None,
     }
+
+
+def page_bytes(facade: FlyingScheduler) -> int:
+    """Bytes of a page on all workers of one engine."""
+    config = facade.kv_cache_config
+    pool_bytes = sum(int(tensor.size) for tensor in config.kv_cache_tensors)
+    return pool_bytes // int(config.num_blocks) * facade.engine_tp
+
+
+def finishing_pays(facade: FlyingScheduler, rates: MoveRates) -> bool:
+    """Whether the begun requests of the active layout are done sooner than they would be moved."""
+    if facade.parked or not facade.active.requests:
+        return False
+    begun = list(facade.active.requests.values())
+    cost = facade.meter.costs[facade.active_width]
+    # A prompt that isn't computed yet may take any number of steps.
+    known = cost.known and all(request.num_computed_tokens >= request.num_prompt_tokens for request in begun)
+    return pricing.finishing_pays(
+        steps_left=max(request.max_tokens - request.num_output_tokens for request in begun),
+        step_s=cost.decode_step_s(len(begun)) if known else None,
+        num_bytes=facade.pools[facade.active_width].num_used * page_bytes(facade) * facade.active_width,
+        rates=rates,
+    )
 
 
 def release(facade: FlyingScheduler, width: int, request_ids: Iterable[str]) -> list[str]:

@@ -48,7 +48,12 @@ class Settings:
 
     switch_method: str = "auto"
     """What happens to running requests at a switch that names no method: `drain` (they finish first), `pause` (they
-    wait until their layout returns), `migrate` (their KV moves into the new layout) or `auto`."""
+    wait until their layout returns), `migrate` (their KV moves into the new layout) or `auto` (as `migrate`, but what
+    finishes, or is computed again, sooner than it moves does so)."""
+
+    paused_limit_s: float = 10.0
+    """Seconds that a begun request waits for room in a new layout before its KV is given up and computed again there,
+    if it fits there at all."""
 
     switch_timeout_s: float = 30.0
     """Seconds after which a switch that names no limit is rolled back."""
@@ -101,7 +106,7 @@ class Settings:
         _check_choice("weights", self.weights, WEIGHTS)
         _check_choice("on_hint", self.on_hint, ON_HINT)
         _check_choice("switch_method", self.switch_method, SWITCH_METHODS)
-        for name in ("switch_timeout_s", "startup_timeout_s", "interval_s"):
+        for name in ("switch_timeout_s", "startup_timeout_s", "interval_s", "paused_limit_s"):
             value = getattr(self, name)
             if not 0 < value <= 86400:
                 raise SettingsError(f"setting {name!r} is {value!r}; allowed: seconds above 0, at most 86400")
