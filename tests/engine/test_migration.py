@@ -49,7 +49,8 @@ def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1",
         "--scheduling-policy", "priority",
     )  # fmt: skip
-    with Server(model, log, *arguments, kv_bytes=8 << 20, settings={"paused_limit_s": 0.4}) as running:
+    options: dict[str, Any] = {"settings": {"paused_limit_s": 0.4}, "environment": {"VLLM_SERVER_DEV_MODE": "1"}}
+    with Server(model, log, *arguments, kv_bytes=8 << 20, **options) as running:
         yield running
 
 
@@ -59,6 +60,11 @@ def nothing_left(server: Server) -> Iterator[None]:
     yield
     server.switch(DP, method="migrate")
     wait_for_free_pages(server, PAGES, limit_s=20)
+
+
+def reset_prefixes(server: Server) -> None:
+    """A route of vLLM's development mode."""
+    assert server.client.post("/reset_prefix_cache").status_code == 200
 
 
 def answer(server: Server, case: dict[str, Any]) -> Any:
@@ -209,8 +215,8 @@ def test_a_shared_prefix_is_copied_once(server: Server) -> None:
         for stream in streams:
             stream.abort()
             stream.join()
-        server.client.post("/reset_prefix_cache")
         server.switch(DP, method="migrate")
+        reset_prefixes(server)
     alone, three = sizes
     assert 0 < three < 2 * alone, sizes
 
@@ -224,7 +230,7 @@ def recomputed_tokens(server: Server) -> float:
 def test_requests_without_room_are_computed_again_after_a_while_and_counted(server: Server) -> None:
     prompts = random_prompts(81, [1400] * 5)
     expected = [server.tokens(prompt, 60) for prompt in prompts]
-    server.client.post("/reset_prefix_cache")
+    reset_prefixes(server)
     before, count = server.scheduled_tokens(), recomputed_tokens(server)
     ranks = [{"X-data-parallel-rank": str(index % 2)} for index in range(4)]
     streams = [Background(server, prompt, 60, extra_headers=rank) for prompt, rank in zip(prompts, ranks, strict=False)]
@@ -245,7 +251,7 @@ def test_cached_prefixes_outlive_the_other_layout(server: Server) -> None:
     alone, wide, other = random_prompts(82, (640, 640, 320))
     headers = {"X-data-parallel-rank": "1"}
     expected = [server.tokens(prompt, 8) for prompt in (alone, wide)]
-    server.client.post("/reset_prefix_cache")
+    reset_prefixes(server)
 
     def computed(prompt: list[int], tokens: list[int], **options: Any) -> int:
         before = server.scheduled_tokens()

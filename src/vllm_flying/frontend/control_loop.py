@@ -56,6 +56,9 @@ class ControlLoop:
                     await self._govern()
             except BlockingIOError:  # another API server does it
                 await asyncio.sleep(RETRY_S)
+            except Exception:
+                logger.exception("The controller failed; it looks again in %g s.", RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     async def _govern(self) -> None:
         await self._engines.call_all("probe")
