@@ -33,9 +33,11 @@ class Timing:
         return max((b - a for a, b in zip(self.tokens, self.tokens[1:])), default=0.0)
 
 
-async def complete(client: httpx.AsyncClient, model: str, prompt: list[int], max_tokens: int) -> Timing:
+async def complete(
+    client: httpx.AsyncClient, model: str, prompt: list[int], max_tokens: int, **options: Any
+) -> Timing:
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "return_token_ids": True}  # fmt: skip
+            "stream": True, "return_token_ids": True, **options}  # fmt: skip
     timing = Timing(time.perf_counter())
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:

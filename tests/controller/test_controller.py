@@ -13,7 +13,7 @@ from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.cost_model import Demand, StepCost, seconds_to_serve
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
 from vllm_flying.controller.plan import allowed_layouts, least_width, uniform
-from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name
+from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name, priority
 from vllm_flying.core.topology import Layout, check_group
 
 # A merged pair: quicker for one request, dearer per decoding request than two engines side by side.
@@ -124,9 +124,18 @@ def test_a_policy_that_raises_changes_nothing() -> None:
     assert not controller.decide(observation(DP)).act and controller.failures == 1
 
 
+def test_an_urgent_request_gets_one_group_and_the_others_keep_theirs() -> None:
+    plan = priority(observation(Layout.separate(4), wanted_width=2, running=3))
+    assert plan is not None and plan.urgent and plan.layout == Layout.of([[0, 1], [2], [3]], 4)
+    assert priority(observation(plan.layout, wanted_width=2, running=1)) is None
+    apart = priority(observation(plan.layout, running=2))
+    assert apart is not None and apart.layout == Layout.separate(4)
+    assert priority(observation(Layout.separate(4), running=5)) is None
+
+
 def test_policies_are_found_by_name() -> None:
     assert policy_by_name("manual") is manual
-    with pytest.raises(ValueError, match="'fastest' is unknown; there are: manual, load, long_context, auto, schedule"):
+    with pytest.raises(ValueError, match="'fastest' is unknown; there are: manual, load, long_context, priority, auto, schedule"):
         policy_by_name("fastest")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
-from vllm_flying.core.hints import VALUES, Hint, HintError, parse_hint
+from vllm_flying.core.hints import VALUES, Hint, HintError, parse_hint, urgent_width
 from vllm_flying.core.routing import GroupState, choose_group, groups_with_width
 from vllm_flying.core.topology import Layout
 
@@ -67,3 +67,10 @@ def test_formed_groups_are_a_layout_with_that_width(data: st.DataObject, width: 
     assert any(len(group) == width for group in after.groups)
     if any(len(group) == width for group in before.groups):
         assert after == before
+
+
+@pytest.mark.parametrize(
+    ("widths", "num_engines", "width"), [((1, 2), 2, 2), ((1, 2, 4), 4, 2), ((1, 4), 4, 4), ((1, 2, 4, 8), 8, 4)]
+)
+def test_an_urgent_group_leaves_engines_to_the_others(widths: tuple[int, ...], num_engines: int, width: int) -> None:
+    assert urgent_width(widths, num_engines) == width

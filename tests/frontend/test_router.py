@@ -24,11 +24,11 @@ PROMPT = list(range(200))
 class Server:
     """A router over engines that exist only as loads."""
 
-    def __init__(self, directory: Path, affinity: PrefixAffinity | None) -> None:
+    def __init__(self, directory: Path, affinity: PrefixAffinity | None, policy: str = "manual") -> None:
         self.client = SimpleNamespace(
             core_engines=ENGINES, client_count=1, engine_inflight=Counter(), lb_engines=[[0, 0, 0.0] for _ in ENGINES]
         )
-        self.router = Router(self.client, Settings(num_engines=4), 4096, affinity)
+        self.router = Router(self.client, Settings(num_engines=4, policy=policy), 4096, affinity)
         self._board = LayoutBoard(directory)
         self._epoch = 0
         self.announce([[0], [1], [2], [3]])
@@ -42,7 +42,8 @@ class Server:
         """The engine that the router names for a request; where it names none, vLLM is made to choose engine 3."""
         params = SimpleNamespace(max_tokens=8, extra_args={HINT_KEY: fields["hint"]} if "hint" in fields else None)
         request = SimpleNamespace(
-            prompt_token_ids=prompt, sampling_params=params, data_parallel_rank=pinned, cache_salt=fields.get("salt")
+            prompt_token_ids=prompt, sampling_params=params, data_parallel_rank=pinned, cache_salt=fields.get("salt"),
+            priority=fields.get("priority", 0),
         )
         prefix = self.router.route(request)
         engine: int | None = request.data_parallel_rank
@@ -118,3 +119,16 @@ def test_affinity_needs_the_setting_and_prefix_caching(
     )
     router = router_of(DPLBAsyncMPClient.__new__(DPLBAsyncMPClient), config)
     assert router is not None and (router._affinity is not None) == remembers
+
+
+@pytest.mark.parametrize(("policy", "leader"), [("priority", 2), ("auto", 2), ("manual", 0)])
+def test_urgent_requests_go_to_the_group_that_was_formed_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, leader: int
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    server = Server(tmp_path, None, policy)
+    server.announce([[0], [1], [2, 3]])
+    server.client.lb_engines[2] = [9, 9, 0.0]
+    assert server.send(priority=-1) == leader
+    assert server.send(priority=-1, hint="dp") == 0, "the hint says more"
+    assert server.send(priority=1) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_flying.controller.observation import Observation
+from vllm_flying.core.routing import groups_with_width
 from vllm_flying.core.topology import Layout, groups_of_width
 
 
@@ -27,6 +28,12 @@ class Plan:
 def uniform(observation: Observation, width: int) -> Layout:
     """All engines in groups of one width."""
     return Layout(tuple(groups_of_width(width, observation.layout.num_engines)))
+
+
+def with_group_of(observation: Observation, width: int) -> Layout:
+    """The present layout with as little changed as gives it a group of `width`."""
+    num_engines = observation.layout.num_engines
+    return Layout.of(groups_with_width(observation.layout.groups, width, num_engines), num_engines)
 
 
 def least_width(observation: Observation) -> int:

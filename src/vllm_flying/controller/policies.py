@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 
 from vllm_flying.controller.cost_model import seconds_to_serve
 from vllm_flying.controller.observation import Observation
-from vllm_flying.controller.plan import Plan, allowed_layouts, least_width, uniform
+from vllm_flying.controller.plan import Plan, allowed_layouts, least_width, uniform, with_group_of
 from vllm_flying.core.topology import Layout
 
 ENTRY_POINTS = "vllm_flying.policies"
@@ -80,6 +80,17 @@ def auto(observation: Observation) -> Plan | None:
     return load(observation)
 
 
+def priority(observation: Observation) -> Plan | None:
+    """One group wide enough for what an urgent or large request needs, the others as they are; apart without any."""
+    least = least_width(observation)
+    widest = max(len(group) for group in observation.layout.groups)
+    if widest < least:
+        return Plan(with_group_of(observation, least), "priority", f"a request needs a group of {least}", urgent=True)
+    if least == 1 < widest:
+        return Plan(uniform(observation, 1), "priority", "no request needs a wide group")
+    return None
+
+
 def schedule(observation: Observation) -> Plan | None:
     """The width that the operator's schedule has for this time, for as many engines as a request's needs allow."""
     if observation.schedule is None or observation.wall_clock is None:
@@ -99,7 +110,7 @@ def schedule(observation: Observation) -> Plan | None:
 
 
 BUILT_IN: dict[str, Policy] = {
-    "manual": manual, "load": load, "long_context": long_context, "auto": auto, "schedule": schedule,
+    "manual": manual, "load": load, "long_context": long_context, "priority": priority, "auto": auto, "schedule": schedule,
 }  # fmt: skip
 
 

@@ -32,13 +32,14 @@ class PageContents:
         self._writer[as_pages(physical)] = 0
 
     def choose(self, width: int, virtual: Pages, free: Pages) -> Pages:
-        """Which of the `free` pages stand behind `virtual` ones, as many: those that did before, where they can.
+        """Which of the `free` pages stand behind `virtual` ones, as many.
 
-        The others follow in the order of `free`.
+        Pages that hold what the group wrote stand where they stood. The others follow in the order of `free`, least
+        recently used first: groups use low numbers first, so an engine's own cached prefixes are needed last.
         """
         former = self._former_of(width)
         wanted = former[virtual]
-        again = self._among(wanted, free) & (wanted > 0)
+        again = self._among(wanted, free) & (wanted > 0) & (self._writer[wanted] == width)
         physical = np.zeros_like(virtual)
         physical[again] = wanted[again]
         physical[~again] = free[~self._among(free, wanted[again])]

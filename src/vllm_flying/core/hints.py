@@ -55,6 +55,15 @@ class Hint:
         return by_degree[degree]
 
 
+def urgent_width(widths: Collection[int], num_engines: int) -> int:
+    """Width of the group for a request that can't wait: as wide as leaves half of the engines to the others.
+
+    All engines if there is no such group, as with two engines.
+    """
+    leaving = [width for width in widths if 1 < width <= num_engines // 2]
+    return max(leaving or widths)
+
+
 def parse_hint(value: Any) -> Hint:
     """The hint that `value` names; HintError, listing the values, if it names none."""
     if value is None:

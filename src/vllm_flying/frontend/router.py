@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from vllm_flying.core.affinity import Prefix, PrefixAffinity, prefix_keys
-from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint
+from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint, urgent_width
 from vllm_flying.core.routing import GroupState, Route, candidates, choose_group, groups_with_width
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
@@ -26,7 +26,7 @@ from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.runtime import runtime_directory
 from vllm_flying.frontend.served import served_layouts
 from vllm_flying.frontend.switcher import Switcher, SwitchFailed
-from vllm_flying.settings import Settings, settings_from_vllm_config
+from vllm_flying.settings import URGENT_POLICIES, Settings, settings_from_vllm_config
 
 logger = init_logger("vllm.flying.router")
 
@@ -86,16 +86,17 @@ class Router:
     # ---- admission ------------------------------------------------------------------------------------------------
 
     async def admit(self, request: Any) -> None:
-        """Refuse a request that can't run, with the numbers; form the width that its hint asks for."""
+        """Refuse a request that can't run, with the numbers; form the width that its hint or its urgency asks for."""
         state = await self.ready()
         width = self._wanted_width(request)
         tokens = self._tokens(request, state)
-        if width is not None and self.settings.on_hint == "form":
-            await self._form(width)
+        hint = self._hint(request).value
+        if width is not None and (hint == "auto" or self.settings.on_hint == "form"):
+            await self._form(width, "urgent request" if hint == "auto" else f"hint for width {width}")
             state = self._board.read()
-        if width is not None:
+        if hint != "auto":
             honoured = any(len(group.engines) == width for group in state.groups)
-            metrics().hinted(self._hint(request).value, honoured)
+            metrics().hinted(hint, honoured)
         if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
             state = await self._widen_for(tokens, state)
         if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
@@ -120,15 +121,21 @@ class Router:
         await self._form(fitting[0], f"request of {tokens} tokens")
         return self._board.read()
 
+    def _is_urgent(self, request: Any) -> bool:
+        return bool(request.priority < 0) and self.settings.policy in URGENT_POLICIES
+
     def _hint(self, request: Any) -> Hint:
         extra = getattr(request.sampling_params, "extra_args", None) or {}
         return parse_hint(extra.get(HINT_KEY))
 
     def _wanted_width(self, request: Any) -> int | None:
+        """By the request's hint, else by its urgency; None if any will do."""
+        widths = {1, *self.settings.built_widths()}
         try:
-            return self._hint(request).width({1, *self.settings.built_widths()}, self.settings.engine_tp)
+            width = self._hint(request).width(widths, self.settings.engine_tp)
         except HintError as error:
             raise VLLMValidationError(str(error), parameter=HINT_KEY) from None
+        return urgent_width(widths, self.settings.num_engines) if width is None and self._is_urgent(request) else width
 
     def _tokens(self, request: Any, state: BoardState) -> int:
         """KV tokens that the request may need. A max_tokens that only fills the context is cut to what is there."""
@@ -141,7 +148,7 @@ class Router:
             params.max_tokens = most - prompt
         return prompt + int(params.max_tokens)
 
-    async def _form(self, width: int, reason: str | None = None) -> None:
+    async def _form(self, width: int, reason: str) -> None:
         deadline = asyncio.get_running_loop().time() + self.settings.switch_timeout_s
         while asyncio.get_running_loop().time() < deadline:
             state = self._board.read()
@@ -151,7 +158,7 @@ class Router:
             target = Layout.of(groups_with_width(groups, width, self.engines.num_engines), self.engines.num_engines)
             try:
                 await self.switcher.switch(
-                    target, self.settings.switch_method, self.settings.switch_timeout_s, reason or f"hint for width {width}"
+                    target, self.settings.switch_method, self.settings.switch_timeout_s, reason
                 )
             except SwitchPendingError:
                 await asyncio.sleep(PENDING_RETRY_S)

@@ -128,7 +128,7 @@ class EngineAgent:
             "group": list(self.group),
             "state": self._state(),
             "running": 0 if facade.parked else running,
-            "waiting": (0 if facade.parked else waiting) + len(facade.held),
+            "waiting": (0 if facade.parked else waiting) + len(facade.held) + len(facade.deferral),
             "paused": facade.num_paused,
             "kv_tokens_capacity": pool.num_owned * self._page_tokens(width),
             "kv_tokens_used": pool.num_used * self._page_tokens(width),
@@ -185,6 +185,7 @@ class EngineAgent:
         facade = self.facade
         facade.holding = True
         if not facade.parked:
+            facade.deferral.put_back(facade.active)
             facade.set_aside_fresh()
         drains = method == "drain" or (method == "auto" and departures.finishing_pays(facade, MoveRates(*rates)))
         self._draining = drains and not facade.parked and facade.active.has_requests()

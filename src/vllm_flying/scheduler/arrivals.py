@@ -87,6 +87,7 @@ class Arrivals:
         scheduler = self._facade.active
         for request in self._requests.values():
             scheduler.add_request(request)
+            self._facade.note_urgent(request)
             if request.events and request.events[-1].type == EngineCoreEventType.QUEUED:
                 request.events.pop()  # it was queued when it came to the server
         if self._aborted:

@@ -23,9 +23,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_flying.core.topology import available_widths
 from vllm_flying.scheduler import registry
+from vllm_flying.scheduler.deferral import Deferral
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
-from vllm_flying.settings import settings_from_vllm_config
+from vllm_flying.settings import URGENT_POLICIES, settings_from_vllm_config
 from vllm_flying.worker.kv_views import wide_kv_cache_config
 from vllm_flying.worker.layout_table import wide_vllm_config
 
@@ -67,6 +68,7 @@ class FlyingScheduler(SchedulerInterface):
             self.pools[width] = PagePool(scheduler.kv_cache_manager.block_pool, owns_all=width == 1)
             self._hashers[width] = self._hasher(sizes[1])
         self.engine_tp = settings.engine_tp
+        self.num_engines = settings.num_engines
         self.active_width = 1
         self.parked = False
         """A member that doesn't lead: schedules nothing, keeps what arrives for the leader."""
@@ -76,6 +78,8 @@ class FlyingScheduler(SchedulerInterface):
         """A switch is being prepared: no steps."""
         self.held: list[Request] = []
         self.meter = EngineMeter(self.schedulers)
+        self.deferral = Deferral(settings.deferred_limit_s)
+        self._defers = settings.policy in URGENT_POLICIES
         self._measures = settings.policy != "manual"  # nobody else asks what steps cost
         self.scheduled_tokens = 0
         """Tokens computed since start, in all widths."""
@@ -135,6 +139,12 @@ class FlyingScheduler(SchedulerInterface):
         if width > 1 or not hashed_alone:  # the engine core has hashed every request for width 1
             self.rehash(request, width)
         self.schedulers[width].add_request(request)
+        self.note_urgent(request)
+
+    def note_urgent(self, request: Request) -> None:
+        """A request has entered a scheduler: others may have to stand back."""
+        if self._defers:
+            self.deferral.saw(request)
 
     def rehash(self, request: Request, width: int) -> None:
         """Hash a request's blocks as the layout of `width` needs them."""
@@ -155,6 +165,7 @@ class FlyingScheduler(SchedulerInterface):
         finished: list[Request] = []
         for scheduler in self.schedulers.values():
             finished += scheduler.finish_requests(ids, finished_status)
+        self._update_deferral()
         return finished
 
     def release_held(self) -> None:
@@ -194,12 +205,17 @@ class FlyingScheduler(SchedulerInterface):
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """The active scheduler's next step, tagged."""
+        self._update_deferral()
         output = self.active.schedule(throttle_prefills)
         self._width_of_step[id(output)] = self.active_width
         self.scheduled_tokens += output.total_num_scheduled_tokens
         if self._measures:
             self.meter.step_begins(output, self.active.requests)
         return output
+
+    def _update_deferral(self) -> None:
+        if not self._width_of_step and not self.parked and not self.stopped:
+            self.deferral.update(self.active)
 
     @property
     def steps_in_flight(self) -> int:
@@ -218,6 +234,7 @@ class FlyingScheduler(SchedulerInterface):
         width = self._width_of_step.pop(id(scheduler_output), self.active_width)
         outputs = self.schedulers[width].update_from_output(scheduler_output, model_runner_output)
         self.meter.step_ends(scheduler_output, width)
+        self._update_deferral()  # or the engine would rest with nobody but those who stand back
         registry.after_step(self.vllm_config)
         return outputs
 
@@ -234,7 +251,7 @@ class FlyingScheduler(SchedulerInterface):
     def get_num_unfinished_requests(self) -> int:
         """All requests this engine answers for, in every width."""
         unfinished = [int(scheduler.get_num_unfinished_requests()) for scheduler in self.schedulers.values()]
-        return sum(unfinished) + len(self.held)
+        return sum(unfinished) + len(self.held) + len(self.deferral)
 
     def has_unfinished_requests(self) -> bool:
         """Whether a step could get a request further."""
@@ -251,7 +268,7 @@ class FlyingScheduler(SchedulerInterface):
     def get_request_counts(self) -> tuple[int, int]:
         """(running, waiting) as the load balancer counts them."""
         running, waiting = self.active.get_request_counts()
-        return (0 if self.parked else running), waiting + len(self.held)
+        return (0 if self.parked else running), waiting + len(self.held) + len(self.deferral)
 
     def get_kv_cache_usage(self) -> float:
         """Used share of the pages that the active width owns."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_flying.core.hints import HINT_KEY, HintError, parse_hint
+from vllm_flying.core.hints import HINT_KEY, HintError, parse_hint, urgent_width
 from vllm_flying.scheduler.facade import FlyingScheduler
 
 
@@ -19,7 +19,7 @@ def unfinished_needs(facade: FlyingScheduler) -> dict[str, Any]:
     return {
         "prompt_tokens_queued": sum(max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in requests),
         "largest_request": max((_kv_tokens_soon(r) for r in requests), default=0),
-        "wanted_width": max((wanted_width(r, widths, facade.engine_tp) for r in requests), default=1),
+        "wanted_width": max((wanted_width(r, widths, facade.engine_tp, facade.num_engines) for r in requests), default=1),
     }
 
 
@@ -29,7 +29,7 @@ def _kv_tokens_soon(request: Any) -> int:
     return int(min(grown, request.num_prompt_tokens + request.max_tokens))
 
 
-def wanted_width(request: Any, widths: set[int], engine_tp: int) -> int:
+def wanted_width(request: Any, widths: set[int], engine_tp: int, num_engines: int) -> int:
     """The width that a request asks for by its hint, or by a priority that is better than the usual 0."""
     extra = getattr(request.sampling_params, "extra_args", None) or {}
     try:
@@ -37,5 +37,5 @@ def wanted_width(request: Any, widths: set[int], engine_tp: int) -> int:
     except HintError:  # refused at admission; a request of the offline API may still have one
         width = None
     if width is None:
-        return max(widths) if request.priority < 0 else 1
+        return urgent_width(widths, num_engines) if request.priority < 0 else 1
     return int(width)

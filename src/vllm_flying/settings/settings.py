@@ -16,6 +16,8 @@ from vllm_flying.core.topology import LayoutError, available_widths
 
 WEIGHTS = ("auto", "tiles", "views")
 ON_HINT = ("form", "best_effort")
+URGENT_POLICIES = ("auto", "priority")
+"""Policies that give an urgent request a wide group at once, and its steps to itself."""
 SWITCH_METHODS = ("auto", "drain", "pause", "migrate")
 
 
@@ -54,6 +56,10 @@ class Settings:
     paused_limit_s: float = 10.0
     """Seconds that a begun request waits for room in a new layout before its KV is given up and computed again there,
     if it fits there at all."""
+
+    deferred_limit_s: float = 10.0
+    """Seconds for which requests stand back while urgent ones (priority below 0) run, with the policies `auto` and
+    `priority`; then they share the steps again until there is a while without urgent ones."""
 
     switch_timeout_s: float = 30.0
     """Seconds after which a switch that names no limit is rolled back."""
@@ -106,7 +112,7 @@ class Settings:
         _check_choice("weights", self.weights, WEIGHTS)
         _check_choice("on_hint", self.on_hint, ON_HINT)
         _check_choice("switch_method", self.switch_method, SWITCH_METHODS)
-        for name in ("switch_timeout_s", "startup_timeout_s", "interval_s", "paused_limit_s"):
+        for name in ("switch_timeout_s", "startup_timeout_s", "interval_s", "paused_limit_s", "deferred_limit_s"):
             value = getattr(self, name)
             if not 0 < value <= 86400:
                 raise SettingsError(f"setting {name!r} is {value!r}; allowed: seconds above 0, at most 86400")
