@@ -15,6 +15,7 @@ import torch
 from vllm_flying.core.migration import KVMove
 from vllm_flying.settings import settings_from_vllm_config
 from vllm_flying.worker.communicators import WorkerPlace
+from vllm_flying.worker.copy_rate import plain_copy_rate
 from vllm_flying.worker.kv_views import kernel_block_size
 from vllm_flying.worker.layout_table import LayoutTable
 from vllm_flying.worker.request_state import export_states, forget_states, install_states
@@ -42,6 +43,11 @@ class GroupCalls:
     def flying_kernel_block_tokens(self) -> int:
         """Tokens per kernel block, the same in all layouts."""
         return kernel_block_size(self._flying[1].runner)
+
+    def flying_copy_rate(self, num_bytes: str, width: str) -> float:
+        """Bytes per second of a plain exchange in the group of `width`. Arguments as vLLM's RPC route brings them."""
+        group = self._flying[int(width)].tensor_parallel_group.device_group
+        return plain_copy_rate(int(num_bytes), group, self.device)
 
     def flying_export(self, request_ids: dict[int, list[str]]) -> dict[str, bytes]:
         """What the runners of former layouts (by width) know of begun requests."""
