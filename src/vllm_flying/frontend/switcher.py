@@ -91,13 +91,18 @@ class Switcher:
         """
         started_ns, deadline = time.time_ns(), time.perf_counter() + timeout_s
         with switch_lock(self._directory):
-            transaction, record = await self._switch_once(target, method, timeout_s, reason, last_resort)
+            transaction, record = await self._switch_once(target, method, timeout_s, reason)
+            anew = False
             for _ in range(MAX_WAVES):
                 left = deadline - time.perf_counter()
-                if not (transaction.journey.staying and transaction.journey.arrived) or left <= 0:
+                if not transaction.journey.staying or left <= 0:
                     break
+                if not transaction.journey.arrived:  # the last wave made no room
+                    if anew or not last_resort:
+                        break
+                    anew = True
                 try:
-                    transaction, wave = await self._switch_once(target, method, left, reason, last_resort)
+                    transaction, wave = await self._switch_once(target, method, left, reason, anew)
                 except SwitchFailed as failed:
                     logger.warning("A further wave of the migration failed: %s", failed)
                     break
@@ -114,7 +119,7 @@ class Switcher:
         return record
 
     async def _switch_once(
-        self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool
+        self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool = False
     ) -> tuple[SwitchTransaction, dict[str, Any]]:
         state, started_ns = self._board.read(), time.time_ns()
         if not state.has_switched:  # from now on aborts must reach every engine

@@ -379,8 +379,7 @@ class EngineAgent:
         for width, pages in returned.items():
             physical = self.leases.take_back(int(width), pages)
             self.contents.forget(physical)
-            pool.deposit(physical)
-            pool.confirm([])
+            pool.deposit(physical)  # what they had cached was forgotten when this engine left the group
 
     def extend(self, epoch: int, virtual: bytes, physical: dict[str, bytes]) -> dict[str, Any]:
         """Leaders: use more pages, which every member has lent; `physical` has each member's own. int32 each."""
