@@ -93,6 +93,11 @@ class Server:
         if kind is None:
             raise RuntimeError(f"the server's processes were not gone {STOP_LIMIT_S:g} s after SIGTERM")
 
+    @property
+    def pid(self) -> int:
+        """The server's first process, which leads the process group of all."""
+        return self._process.pid
+
     def _kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,0 +1,42 @@
+"""`python -m bench.startup`: how long servers take until they answer, stock DP and TP against flying."""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+from bench.models import llama
+from bench.report import markdown, write
+from bench.server import bench_server
+
+SERVERS = {
+    "stock DP=2": {"flying": False},
+    "stock TP=2": {"flying": False, "engines": 1, "tensor_parallel": 2},
+    "flying, 2 engines": {"flying": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    model = llama(arguments.layers, arguments.hidden)
+    seconds: dict[str, list[float]] = {name: [] for name in SERVERS}
+    for turn in range(arguments.turns):
+        for name, options in SERVERS.items():
+            with bench_server(model, "--dtype", arguments.dtype, **options) as server:  # type: ignore[arg-type]
+                seconds[name].append(server.start_seconds)
+            print(f"turn {turn + 1} of {arguments.turns}, {name}: {seconds[name][-1]:.1f} s", flush=True)
+    stock = median(seconds["stock DP=2"])
+    rows = [
+        [name, f"{median(values):.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{median(values) / stock:.2f}"]
+        for name, values in seconds.items()
+    ]
+    write("startup", {"seconds": seconds}, markdown(["server", "median s", "from, to", "ratio to stock DP"], rows))
+
+
+if __name__ == "__main__":
+    main()
