@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
 from vllm_flying.controller.controller import Controller
-from vllm_flying.controller.cost_model import Demand, StepCost, seconds_to_serve
+from vllm_flying.controller.cost_model import StepCost
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
 from vllm_flying.controller.plan import allowed_layouts, least_width, uniform
 from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name, priority
+from vllm_flying.controller.response import Load, response_s
 from vllm_flying.core.topology import Layout, check_group
 
 # A merged pair: quicker for one request, dearer per decoding request than two engines side by side.
@@ -151,11 +152,27 @@ def test_step_costs_are_learned(fixed: float, prompt: float, decode: float, seed
     assert cost.numbers() == pytest.approx((fixed, prompt, decode), rel=0.05, abs=2e-5)
 
 
-def test_serving_takes_longer_with_fewer_groups_and_more_work() -> None:
-    one, two = Demand(40, 4000, 50), Demand(80, 8000, 50)
-    assert seconds_to_serve(COSTS[1], 1, one, 256) > seconds_to_serve(COSTS[1], 2, one, 256)
-    assert seconds_to_serve(COSTS[1], 2, two, 256) > seconds_to_serve(COSTS[1], 2, one, 256)
-    assert seconds_to_serve(COSTS[1], 2, Demand(0, 0, 50), 256) == 0.0
+@given(
+    st.floats(0, 200), st.floats(0, 9000), st.floats(0, 50), st.integers(1, 2000), st.integers(1, 500),
+    st.sampled_from([1, 2, 4]), st.integers(1, 256),
+)  # fmt: skip
+def test_a_response_takes_longer_with_more_to_do_and_never_less_than_alone(
+    unfinished: float, queued: float, rate: float, prompt: int, output: int, groups: int, slots: int
+) -> None:
+    load = Load(unfinished, queued, rate, prompt, output)
+    takes = response_s(COSTS[1], groups, load, slots)
+    assert takes >= response_s(COSTS[1], groups, Load(1, 0, 0.0, prompt, output), slots) - 1e-9
+    assert takes >= response_s(COSTS[1], 2 * groups, load, slots) - 1e-9
+    assert takes <= response_s(COSTS[1], groups, Load(2 * unfinished, queued, rate, prompt, output), slots) + 1e-9
+    assert takes <= response_s(COSTS[1], groups, Load(unfinished, queued, 2 * rate, prompt, output), slots) + 1e-9
+
+
+def test_with_a_rising_rate_two_groups_overtake_one() -> None:
+    rates = (0.1, 1, 4, 8, 16, 20, 24)
+    loads = [Load(0, 0, rate, 64, 24) for rate in rates]
+    best = [response_s(COSTS[2], 1, load, 256) < response_s(COSTS[1], 2, load, 256) for load in loads]
+    assert best[0] and not best[-1]
+    assert best == sorted(best, reverse=True), "once"
 
 
 def test_rates_follow_counters() -> None:

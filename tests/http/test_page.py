@@ -78,7 +78,7 @@ class Recorded:
         running, waiting, paused = LOAD.get(engine, (0, 0, 0))
         state = "serving" if len(group) == 1 else "leading" if engine == group[0] else "parked"
         return {
-            "engine": engine, "state": state, "group": group, "pages": {}, "scheduled_tokens": 0, "running": running,
+            "engine": engine, "state": state, "group": group, "pages": {}, "scheduled_tokens": 0, "costs": {}, "running": running,
             "waiting": waiting, "paused": paused, "kv_tokens_capacity": 1000 * len(group), "kv_tokens_used": 250,
         }  # fmt: skip
 

@@ -66,26 +66,3 @@ class StepCost:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
         fixed, prompt, decode = self.weights
         return max(fixed, LEAST), max(prompt / 64.0, LEAST), max(decode / 8.0, LEAST)
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What is to be done: `requests` unfinished, `prompt_tokens` of theirs to compute, `output_tokens` each."""
-
-    requests: float
-    prompt_tokens: float
-    output_tokens: float
-
-
-def seconds_to_serve(
-    numbers: tuple[float, float, float], num_groups: int, demand: Demand, max_running: int
-) -> float:
-    """Seconds until `num_groups` equal groups have served the demand, spread evenly over them."""
-    if demand.requests <= 0:
-        return 0.0
-    fixed, per_prompt_token, per_decode = numbers
-    busy = min(num_groups, demand.requests) if demand.requests >= 1 else 1
-    share = max(1.0, demand.requests / busy)
-    at_once = min(share, max_running)
-    decode_step = fixed + per_decode * at_once
-    return per_prompt_token * demand.prompt_tokens / busy + demand.output_tokens * decode_step * share / at_once

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from vllm_flying.controller.cost_model import Demand
+from vllm_flying.controller.response import Load
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 
@@ -64,14 +64,16 @@ class Observation:
         """Requests that run, wait, or are paused."""
         return sum(group.running + group.waiting + group.paused for group in self.groups)
 
-    def demand(self, horizon_s: float) -> Demand:
-        """What is here and what comes within the horizon; one usual request if nothing does."""
-        coming = self.arrival_rate * horizon_s
-        requests = self.unfinished + coming
-        queued = sum(group.prompt_tokens_queued for group in self.groups)
-        if requests < 1:
-            return Demand(1, self.mean_prompt_tokens, self.mean_output_tokens)
-        return Demand(requests, queued + coming * self.mean_prompt_tokens, self.mean_output_tokens)
+    @property
+    def load(self) -> Load:
+        """What there is to do and what comes."""
+        return Load(
+            unfinished=self.unfinished,
+            prompt_tokens_queued=sum(group.prompt_tokens_queued for group in self.groups),
+            arrival_rate=self.arrival_rate,
+            prompt_tokens=self.mean_prompt_tokens,
+            output_tokens=self.mean_output_tokens,
+        )
 
 
 @dataclass

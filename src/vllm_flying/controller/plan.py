@@ -20,7 +20,7 @@ class Plan:
     rule: str
     reason: str
     gain_s: float = 0.0
-    """Predicted seconds that the demand is served sooner."""
+    """Predicted seconds that a usual request takes less."""
     urgent: bool = False
     """Not to be held back by cooldown: a request can't run otherwise."""
 

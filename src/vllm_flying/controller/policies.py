@@ -1,7 +1,7 @@
 """How a layout is chosen. A policy is a function of an observation; others can be named by entry point.
 
-Pure. `load` asks in which layout what is here, and what comes soon, is served first: idle servers merge, since a
-lone request is quicker in a wide group, and bursts split them, if and when the learned step costs say so. A request
+Pure. `load` asks in which layout a request takes least under the present load: idle servers merge, since a lone
+request is quicker in a wide group, and bursts split them, if and when the learned step costs say so. A request
 that needs a wide group (its KV, its hint, its priority) limits the choice of every policy.
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from vllm_flying.controller.cost_model import seconds_to_serve
 from vllm_flying.controller.observation import Observation
 from vllm_flying.controller.plan import Plan, allowed_layouts, least_width, uniform, with_group_of
+from vllm_flying.controller.response import response_s
 from vllm_flying.core.topology import Layout
 
 ENTRY_POINTS = "vllm_flying.policies"
-HORIZON_S = 1.0
 
 Policy = Callable[[Observation], Plan | None]
 """A plan, or None to leave everything as it is."""
@@ -27,21 +26,20 @@ def manual(observation: Observation) -> Plan | None:
     return None
 
 
-def predicted_seconds(observation: Observation, layout: Layout, horizon_s: float = HORIZON_S) -> float | None:
-    """Seconds to serve the demand in a layout; None for a width whose cost isn't known."""
-    demand = observation.demand(horizon_s)
+def predicted_seconds(observation: Observation, layout: Layout) -> float | None:
+    """Seconds that a usual request will take in a layout; None for a width whose cost isn't known."""
     widest = max(len(group) for group in layout.groups)
     narrowest = min(len(group) for group in layout.groups)
     numbers = observation.costs.get(narrowest)
     if numbers is None or widest not in observation.costs:
         return None
-    # In a mixed layout the demand goes to the narrow groups; the wide one is there for its own request.
+    # In a mixed layout usual requests go to the narrow groups; the wide one is there for its own request.
     num_groups = sum(1 for group in layout.groups if len(group) == narrowest)
-    return seconds_to_serve(numbers, num_groups, demand, observation.max_running)
+    return response_s(numbers, num_groups, observation.load, observation.max_running)
 
 
 def load(observation: Observation) -> Plan | None:
-    """The allowed layout that serves the demand first."""
+    """The allowed layout in which a usual request is done first."""
     timed = [(predicted_seconds(observation, layout), layout) for layout in allowed_layouts(observation)]
     known = [(seconds, layout) for seconds, layout in timed if seconds is not None]
     if not known:
@@ -51,7 +49,7 @@ def load(observation: Observation) -> Plan | None:
     if best == observation.layout or now_seconds is None:
         return None
     reason = (
-        f"{observation.unfinished} requests and {observation.arrival_rate:.1f}/s arriving take "
+        f"with {observation.unfinished} requests and {observation.arrival_rate:.1f}/s arriving one takes "
         f"{best_seconds:.2f} s in {best.to_lists()}, {now_seconds:.2f} s as it is"
     )
     return Plan(best, "load", reason, gain_s=now_seconds - best_seconds)

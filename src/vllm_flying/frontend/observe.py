@@ -47,7 +47,7 @@ def observe(
         time=now,
         layout=layout,
         groups=tuple(groups),
-        costs=_costs(statuses),
+        costs=step_costs(statuses),
         widths=tuple(sorted({1, *widths})),
         kv_tokens_per_engine=statuses[0]["kv_tokens_per_engine"],
         max_running=statuses[0]["max_running"],
@@ -59,8 +59,8 @@ def observe(
     )
 
 
-def _costs(statuses: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float, float]]:
-    """For each width the fit of the engine that has seen most steps of it."""
+def step_costs(statuses: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float, float]]:
+    """For each width the fit of the engine that has seen most steps of it: see `controller.cost_model`."""
     best: dict[int, list[float]] = {}
     for status in statuses:
         for width, numbers in status["costs"].items():

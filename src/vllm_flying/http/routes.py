@@ -19,10 +19,12 @@ from vllm_flying.core.topology import LayoutError
 from vllm_flying.frontend.audit import read_decisions, sentence
 from vllm_flying.frontend.board import SwitchPendingError
 from vllm_flying.frontend.control_loop import DECISIONS_FILE
+from vllm_flying.frontend.observe import step_costs
 from vllm_flying.frontend.switcher import SwitchFailed
 
 PREFIX = "/plugins/flying"
 PAGE = Path(__file__).parent / "page" / "index.html"
+COSTS = ("step_s", "prompt_token_s", "decode_s")
 ENGINE_FIELDS = ("engine", "state", "group", "pages", "scheduled_tokens")
 
 
@@ -125,5 +127,6 @@ async def _status(flying: Any) -> dict[str, Any]:
         "epoch": state.epoch,
         "engines": [{name: s[name] for name in ENGINE_FIELDS} for s in statuses],
         "groups": groups,
+        "step_costs": {str(width): dict(zip(COSTS, cost, strict=True)) for width, cost in step_costs(statuses).items()},
         "last_switch": state.last_switch,
     }
