@@ -1,13 +1,18 @@
-"""`python -m bench.trace`: the same arrivals against static DP, static TP and a flying server that decides by itself."""
+"""`python -m bench.trace`: the same arrivals against static DP, static TP and a flying server that decides by itself.
+
+All servers are up at once and take turns, so that what the machine does to one it does to all; an idle server costs
+about nothing. Each turn has arrivals of its own, the same for every server.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from statistics import mean, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import httpx
@@ -38,55 +43,82 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3, help="of every server")
     arguments = parser.parse_args()
-    arrivals = _arrivals(arguments)
-    print(f"{len(arrivals)} requests over {arguments.seconds:g} s", flush=True)
     model = llama(arguments.layers, arguments.hidden)
-    results: dict[str, list[tuple[Arrival, Timing]]] = {}
-    layouts: list[tuple[float, list[list[int]]]] = []
-    records: list[dict[str, Any]] = []
+    results: dict[str, list[list[tuple[Arrival, Timing]]]] = {name: [] for name in arguments.only}
+    layouts: list[list[tuple[float, list[list[int]]]]] = []
+    records: list[str] = []
     servers = {
         "DP": {"flying": False},
         "TP": {"flying": False, "engines": 1, "tensor_parallel": 2},
         "auto": {"flying": True, "settings": {"policy": "auto"}},
     }
-    for name in arguments.only:
-        with bench_server(model, "--dtype", arguments.dtype, **servers[name]) as server:  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        up: dict[str, Server] = {}
+        for name in arguments.only:
+            server = bench_server(model, "--dtype", arguments.dtype, **servers[name])  # type: ignore[arg-type]
+            up[name] = stack.enter_context(server)
             print(f"== {name}: up after {server.start_seconds:.0f} s", flush=True)
-            results[name], layouts = asyncio.run(replay(server, arrivals, watch=name == "auto"))
-            if name == "auto":
-                records = server.client.get("/plugins/flying/decisions").json()["sentences"]
-                print("\n".join(records[-20:]), flush=True)
-    phases = list(dict.fromkeys(arrival.phase for arrival in arrivals))
-    rows = [
-        [phase, quantity, *(f"{figures(results[name], phase)[quantity]:.3g}" for name in results)]
-        for phase in dict.fromkeys([*phases, "all"])
-        for quantity in figures(next(iter(results.values())), phase)
-    ]
-    table = markdown(["phase", "quantity", *results], rows)
+        for turn in range(arguments.turns):
+            arrivals = _arrivals(arguments, turn)
+            order = arguments.only[turn % len(up) :] + arguments.only[: turn % len(up)]
+            for name in order:
+                timings, seen = asyncio.run(replay(up[name], arrivals, watch=name == "auto"))
+                results[name].append(timings)
+                layouts += [seen] if name == "auto" else []
+                print(f"turn {turn + 1} of {arguments.turns}, {name}: {_line(timings)}", flush=True)
+        if "auto" in up:
+            records = up["auto"].client.get("/plugins/flying/decisions").json()["sentences"]
+            print("\n".join(records[-20:]), flush=True)
+    table = _table(results)
     folder = write(
         "trace",
         {
             "arguments": {key: str(value) for key, value in vars(arguments).items()},
-            "requests": {n: [[a.time, a.phase, t.sent, t.tokens] for a, t in r] for n, r in results.items()},
+            "requests": {
+                name: [[[a.time, a.phase, t.sent, t.tokens] for a, t in turn] for turn in turns]
+                for name, turns in results.items()
+            },
             "layouts": layouts,
             "decisions": records,
         },
         table,
     )
-    plot_timeline(folder / "timeline.png", results, layouts)
+    plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in results.items()}, (layouts or [[]])[0])
 
 
-def _arrivals(arguments: argparse.Namespace) -> list[Arrival]:
+def _line(timings: Sequence[tuple[Arrival, Timing]]) -> str:
+    row = figures(timings, "all")
+    return f"mean TTFT {row['mean ttft ms']:.0f} ms, mean TPOT {row['mean tpot ms']:.0f} ms, {row['tokens/s']:.1f} tokens/s"
+
+
+def _table(results: Mapping[str, Sequence[Sequence[tuple[Arrival, Timing]]]]) -> str:
+    """Medians over turns; in brackets the ratio to the better static server, below 1 being better but for tokens/s."""
+    first = next(iter(results.values()))[0]
+    phases = dict.fromkeys([*(arrival.phase for arrival, _ in first), "all"])
+    rows = []
+    for phase in phases:
+        by_name = {name: [figures(turn, phase) for turn in turns] for name, turns in results.items()}
+        for quantity in figures(first, phase):
+            values = {name: median(row[quantity] for row in turns) for name, turns in by_name.items()}
+            static = [value for name, value in values.items() if name != "auto"] or list(values.values())
+            best = max(static) if quantity == "tokens/s" else min(static)
+            rows.append([phase, quantity, *(f"{value:.3g} ({value / best:.2f})" for value in values.values())])
+    return markdown(["phase", "quantity", *results], rows)
+
+
+def _arrivals(arguments: argparse.Namespace, turn: int) -> list[Arrival]:
     if arguments.trace:
-        return trace(arguments.trace, arguments.start, arguments.seconds, arguments.time_scale, arguments.length_scale)
+        start = arguments.start + turn * arguments.seconds / arguments.time_scale
+        return trace(arguments.trace, start, arguments.seconds, arguments.time_scale, arguments.length_scale)
     third = arguments.seconds / 3
 
     def phase(name: str, shape: Sequence[float]) -> Phase:
         return Phase(name, third, shape[0], int(shape[1]), int(shape[2]))
 
     quiet, burst = arguments.quiet, arguments.burst
-    return poisson([phase("quiet", quiet), phase("burst", burst), phase("quiet", quiet)], arguments.seed)
+    return poisson([phase("quiet", quiet), phase("burst", burst), phase("quiet", quiet)], arguments.seed + turn)
 
 
 async def replay(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
 from vllm_flying.controller.controller import Controller
-from vllm_flying.controller.cost_model import StepCost
+from vllm_flying.controller.cost_model import StepCost, estimates
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
 from vllm_flying.controller.plan import allowed_layouts, least_width, uniform
 from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name, priority
@@ -175,12 +175,21 @@ def test_with_a_rising_rate_two_groups_overtake_one() -> None:
     assert best == sorted(best, reverse=True), "once"
 
 
+def test_a_width_that_has_not_run_costs_what_a_probe_does_not_see_as_well() -> None:
+    probed = {1: [0.07, 0.002, 0.002, 0, 0.07], 2: [0.04, 0.001, 0.001, 0, 0.04]}
+    assert estimates(probed)[1] == (0.07, 0.002, 0.002)
+    seen = estimates({**probed, 2: [0.06, 0.001, 0.001, 500, 0.04]})
+    assert seen[1] == pytest.approx((0.09, 0.002, 0.002)) and seen[2] == (0.06, 0.001, 0.001)
+    both = estimates({1: [0.08, 0.002, 0.002, 500, 0.07], 2: [0.06, 0.001, 0.001, 500, 0.04]})
+    assert both[1][0] == 0.08
+
+
 def test_rates_follow_counters() -> None:
     rates = RateTracker()
     zero = {"requests_added": 0, "prompt_tokens_added": 0, "requests_finished": 0, "output_tokens_finished": 0}
     rates.update(0.0, [zero, zero])
     rates.update(1.0, [{**zero, "requests_added": 10, "prompt_tokens_added": 5000}, zero])
-    assert rates.arrival_rate >= 5 and rates.mean_prompt_tokens > 200
+    assert rates.arrival_rate >= 2.5 and rates.mean_prompt_tokens > 200
     for second in range(2, 60):
         rates.update(float(second), [{**zero, "requests_added": 10, "prompt_tokens_added": 5000}, zero])
     assert rates.arrival_rate < 0.1

@@ -7,12 +7,13 @@ at start seeds them for layouts that haven't served yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 FORGETTING = 0.99
 # Below this a fitted number is noise: no step is free, and none gets cheaper with more work.
 LEAST = 1e-9
+ENOUGH_STEPS = 30
 
 
 @dataclass
@@ -23,6 +24,10 @@ class StepCost:
     """Seconds: per step, per prompt token, per decoding request."""
     steps: int = 0
     """Steps seen, the probe's included."""
+    probed: int = 0
+    """Of these, the probe's."""
+    probed_step_s: float = 0.0
+    """What a step cost by the probe alone: a forward pass, without scheduling and sampling."""
     _spread: list[list[float]] = field(
         default_factory=lambda: [[1e3, 0.0, 0.0], [0.0, 1e1, 0.0], [0.0, 0.0, 1e1]], repr=False
     )
@@ -61,8 +66,27 @@ class StepCost:
             self.learn(0, int(tokens), seconds)
             if tokens > 1:
                 self.learn(int(tokens) - 1, 1, seconds)
+        self.probed, self.probed_step_s = self.steps, self.numbers()[0]
+
+    def report(self) -> list[float]:
+        """As `estimates` takes it: the numbers, real steps seen, and what a step cost by the probe."""
+        return [*self.numbers(), self.steps - self.probed, self.probed_step_s]
 
     def numbers(self) -> tuple[float, float, float]:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
         fixed, prompt, decode = self.weights
         return max(fixed, LEAST), max(prompt / 64.0, LEAST), max(decode / 8.0, LEAST)
+
+
+def estimates(reports: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, float, float]]:
+    """The numbers per width. Where a width has hardly run yet, what steps of the others cost beyond their probes is added.
+
+    Else an unknown layout would look cheaper than a known one, by all that a probe doesn't see.
+    """
+    known = {width: report for width, report in reports.items() if report[3] >= ENOUGH_STEPS and report[4] > 0}
+    beyond = [max(0.0, report[0] - report[4]) for report in known.values()]
+    overhead = sum(beyond) / len(beyond) if beyond else 0.0
+    return {
+        width: (report[0] + (overhead if report[3] < ENOUGH_STEPS else 0.0), report[1], report[2])
+        for width, report in reports.items()
+    }

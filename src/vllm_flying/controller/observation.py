@@ -15,8 +15,8 @@ from vllm_flying.controller.response import Load
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 
-# Seconds over which rates and means are taken.
-MEMORY_S = 10.0
+# Seconds over which the rate is taken: a burst shows soon, since its unfinished requests count as well.
+MEMORY_S = 3.0
 COUNTERS = ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished")
 
 
@@ -93,10 +93,7 @@ class RateTracker:
             elapsed = now - self._time
             fresh = 1.0 - math.exp(-elapsed / MEMORY_S)
             new = {name: max(0.0, totals[name] - self._last[name]) for name in COUNTERS}
-            # Bursts must show at once, quiet spells only after a while.
-            rate = new["requests_added"] / elapsed
-            weight = max(fresh, 0.5) if rate > self.arrival_rate else fresh
-            self.arrival_rate += weight * (rate - self.arrival_rate)
+            self.arrival_rate += fresh * (new["requests_added"] / elapsed - self.arrival_rate)
             if new["requests_added"]:
                 mean = new["prompt_tokens_added"] / new["requests_added"]
                 self.mean_prompt_tokens += 0.3 * (mean - self.mean_prompt_tokens)

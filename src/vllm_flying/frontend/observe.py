@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from vllm_flying.controller.cost_model import estimates
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Layout
@@ -66,4 +67,4 @@ def step_costs(statuses: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, 
         for width, numbers in status["costs"].items():
             if int(width) not in best or numbers[3] > best[int(width)][3]:
                 best[int(width)] = numbers
-    return {width: (numbers[0], numbers[1], numbers[2]) for width, numbers in best.items()}
+    return estimates(best)

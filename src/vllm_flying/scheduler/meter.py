@@ -68,5 +68,5 @@ class EngineMeter:
             "prompt_tokens_added": self.prompt_tokens_added,
             "requests_finished": self.requests_finished,
             "output_tokens_finished": self.output_tokens_finished,
-            "costs": {str(width): [*cost.numbers(), cost.steps] for width, cost in self.costs.items() if cost.known},
+            "costs": {str(width): cost.report() for width, cost in self.costs.items() if cost.known},
         }
