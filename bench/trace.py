@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, median, quantiles
-from typing import Any
 
 import httpx
 
@@ -64,7 +63,7 @@ def main() -> None:
             arrivals = _arrivals(arguments, turn)
             order = arguments.only[turn % len(up) :] + arguments.only[: turn % len(up)]
             for name in order:
-                timings, seen = asyncio.run(replay(up[name], arrivals, watch=name == "auto"))
+                timings, seen = asyncio.run(replay(up[name], arrivals, name == "auto", 10_000 * (turn + 1)))
                 results[name].append(timings)
                 layouts += [seen] if name == "auto" else []
                 print(f"turn {turn + 1} of {arguments.turns}, {name}: {_line(timings)}", flush=True)
@@ -122,9 +121,9 @@ def _arrivals(arguments: argparse.Namespace, turn: int) -> list[Arrival]:
 
 
 async def replay(
-    server: Server, arrivals: Sequence[Arrival], watch: bool
+    server: Server, arrivals: Sequence[Arrival], watch: bool, first_seed: int = 10_000
 ) -> tuple[list[tuple[Arrival, Timing]], list[tuple[float, list[list[int]]]]]:
-    """Send every request at its time; times in the result count from the start."""
+    """Send every request at its time, its prompt from a seed of its own; times in the result count from the start."""
     layouts: list[tuple[float, list[list[int]]]] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # the server closes idle ones
     async with httpx.AsyncClient(base_url=server.url, timeout=900.0, limits=limits) as client:
@@ -134,7 +133,7 @@ async def replay(
 
         async def one(index: int, arrival: Arrival) -> tuple[Arrival, Timing]:
             await asyncio.sleep(max(0.0, arrival.time - (time.perf_counter() - started)))
-            (prompt,) = prompts(1, arrival.prompt_tokens, 1000 + index)
+            (prompt,) = prompts(1, arrival.prompt_tokens, first_seed + index)
             timing = await complete(client, server.model, prompt, arrival.output_tokens)
             return arrival, Timing(timing.sent - started, [t - started for t in timing.tokens])
 
