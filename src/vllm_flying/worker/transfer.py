@@ -19,6 +19,9 @@ import torch.distributed
 from vllm_flying.core.migration import KVMove, num_units, units_of, units_per_page
 from vllm_flying.core.topology import Group
 
+# On CPU a round stays in the last cache between gathering, sending and landing, and its buffers in the heap.
+CPU_ROUND_BYTES = 8 * 2**20
+
 
 @dataclass(frozen=True)
 class TransferPlace:
@@ -51,7 +54,7 @@ class Transfer:
         self._moves = [move for move in moves if move.span == span]
         self._span = span
         self._place = place
-        self._staging_bytes = staging_bytes
+        self._round_bytes = staging_bytes
         self.bytes_moved = 0
         """Between workers of this worker's local rank."""
 
@@ -60,6 +63,8 @@ class Transfer:
         parts = units_per_page(self._span, self._place.kernel_blocks)
         pool = [layer.view(-1, layer.shape[1] // parts) for layer in layers]
         device = pool[0].device
+        if device.type == "cpu":
+            self._round_bytes = min(self._round_bytes, CPU_ROUND_BYTES)
         sends = [self._leaving(other, parts, device) for other in self._span]
         receives = [self._arriving(other, parts, device) for other in self._span]
         mine = self._span.index(self._place.engine)
@@ -96,9 +101,14 @@ class Transfer:
     ) -> tuple[Any, torch.Tensor]:
         """Gather what leaves, for each other worker its units of all `layers`, and send it off."""
         width = pool[0].shape[1]
-        leaving = [pool[layer].index_select(0, index) for index in outgoing if len(index) for layer in layers]
-        send = torch.cat(leaving) if leaving else pool[0].new_empty((0, width))
-        receive = send.new_empty((len(layers) * sum(len(index) for index in incoming), width))
+        send = pool[0].new_empty((len(layers) * sum(len(index) for index in outgoing), width))
+        receive = pool[0].new_empty((len(layers) * sum(len(index) for index in incoming), width))
+        position = 0
+        for index in outgoing:
+            for layer in layers:
+                if len(index):
+                    torch.index_select(pool[layer], 0, index, out=send[position : position + len(index)])
+                    position += len(index)
         work = torch.distributed.all_to_all_single(
             receive,
             send,
@@ -121,8 +131,8 @@ class Transfer:
         layer_bytes = int(max(traffic.sum(axis=0).max(), traffic.sum(axis=1).max()))
         if layer_bytes == 0:
             return []
-        each = max(1, min(num_layers, self._staging_bytes // layer_bytes))
-        parts = -(-layer_bytes // self._staging_bytes)
+        each = max(1, min(num_layers, self._round_bytes // layer_bytes))
+        parts = -(-layer_bytes // self._round_bytes)
         ranges = [range(first, min(first + each, num_layers)) for first in range(0, num_layers, each)]
         return [(layers, part, parts) for layers in ranges for part in range(parts)]
 
