@@ -189,7 +189,7 @@ def test_rates_follow_counters() -> None:
     zero = {"requests_added": 0, "prompt_tokens_added": 0, "requests_finished": 0, "output_tokens_finished": 0}
     rates.update(0.0, [zero, zero])
     rates.update(1.0, [{**zero, "requests_added": 10, "prompt_tokens_added": 5000}, zero])
-    assert rates.arrival_rate >= 2.5 and rates.mean_prompt_tokens > 200
+    assert rates.arrival_rate >= 3.5 and rates.mean_prompt_tokens > 200
     for second in range(2, 60):
         rates.update(float(second), [{**zero, "requests_added": 10, "prompt_tokens_added": 5000}, zero])
     assert rates.arrival_rate < 0.1

@@ -16,7 +16,7 @@ from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 
 # Seconds over which the rate is taken: a burst shows soon, since its unfinished requests count as well.
-MEMORY_S = 3.0
+MEMORY_S = 2.0
 COUNTERS = ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished")
 
 
