@@ -39,14 +39,14 @@ class SwitchBody(BaseModel):
 
 
 def build_router(app: FastAPI) -> APIRouter:
-    """The routes, guarded."""
+    """The routes, guarded. Dependencies are coroutines: FastAPI would run plain functions in threads, at a hop each."""
 
-    def guard(request: Request) -> None:
+    async def guard(request: Request) -> None:
         keys = [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
         if keys and not AuthenticationMiddleware(app, keys).verify_token(request.headers):
             raise HTTPException(401, "Unauthorized")
 
-    def enabled() -> Any:
+    async def enabled() -> Any:
         router = getattr(app.state, "flying_router", None)
         if router is None:
             raise HTTPException(
