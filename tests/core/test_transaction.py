@@ -22,6 +22,12 @@ class Refusal(Exception):
     pass
 
 
+def moved(free_tokens: int, *offers: dict[str, Any], staying: int = 0) -> dict[str, Any]:
+    """An engine's reply to `move`."""
+    rest = {"capacity_tokens": 0, "prefill_s": None, "intact": b"", "staying": staying}
+    return {"free_tokens": free_tokens, "offers": list(offers), **rest}
+
+
 class Engine:
     """The page, layout and request side of an engine's agent. A request is a page of KV in one width."""
 
@@ -95,7 +101,8 @@ class Engine:
             for i, (width, page) in self.requests.items()
             if offering and not (self.leads and width == len(group))
         ]
-        return {"free_tokens": lease + 1 if len(group) > 1 else len(self.own_free) + 1, "offers": offers, "intact": b""}
+        free_tokens = lease + 1 if len(group) > 1 else len(self.own_free) + 1
+        return moved(free_tokens, *offers)
 
     def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes) -> dict[str, Any]:
         admitted = {}
@@ -289,11 +296,26 @@ def test_a_migration_that_would_leave_every_request_behind_is_undone() -> None:
     for engine in (0, 1):
         transaction.replied(engine, {"free_pages": 0, "returnable_pages": 1, "begun": 1, "paused_widths": [2]})
     offer = {"request_id": "r", "width": 2, "tokens": 500, "pages": [1, 2], "packed": b"r"}
-    transaction.replied(0, {"free_tokens": 32, "intact": b"", "offers": [offer]})
-    calls = transaction.replied(1, {"free_tokens": 32, "intact": b"", "offers": []})
+    transaction.replied(0, moved(32, offer))
+    calls = transaction.replied(1, moved(32))
     assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0, 1])] * 2
     assert not any(call.arguments["offering"] for call in calls)
     assert "none of 1 begun requests finds room" in (transaction.failure or "")
+
+
+def test_requests_that_cannot_move_stay_and_those_that_begin_again_need_no_room() -> None:
+    transaction = SwitchTransaction(1, Layout.of([[0, 1]], 2), Layout.separate(2), "migrate")
+    transaction.start()
+    for engine in (0, 1):
+        transaction.replied(engine, {"free_pages": 0, "returnable_pages": 1, "begun": 1, "paused_widths": [2]})
+    offer = {"request_id": "r", "width": 2, "tokens": 500, "packed": b"r", "pages": [1], "begins_again": True}
+    transaction.replied(0, moved(32, offer, staying=2))
+    (call,) = transaction.replied(1, moved(32))
+    assert call.operation == "admit" and call.arguments["recomputed"] == ["r"]
+    admission = {"target_pages": [], "first_block": 0, "last_block": 0}
+    transaction.replied(call.engine, {"admitted": {"r": admission}})
+    assert (transaction.journey.unplaced, transaction.journey.staying) == (0, 2)
+    assert transaction.journey.recomputed_tokens == 500
 
 
 def test_a_wrong_proof_is_undone() -> None:
@@ -302,7 +324,7 @@ def test_a_wrong_proof_is_undone() -> None:
     for engine in (0, 1):
         calls = transaction.replied(engine, {"free_pages": 5, "returnable_pages": 0, "begun": 0})
     for engine in (0, 1):
-        calls = transaction.replied(engine, {"free_tokens": 1, "offers": [], "intact": b""})
+        calls = transaction.replied(engine, moved(1))
     assert [call.operation for call in calls] == ["prove"]
     calls = transaction.replied(0, [{"engine": 0, "tp_size": 2, "tp_rank": 0}, {"engine": 1, "tp_size": 1, "tp_rank": 0}])
     assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0]), ("move", [1])]

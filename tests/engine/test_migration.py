@@ -140,6 +140,19 @@ def test_every_feature_survives_random_switches_and_aborts(server: Server) -> No
     assert set(finished) == set(CASES)
 
 
+def test_every_kind_of_request_moves_once_it_has_a_token(server: Server) -> None:
+    kinds = {name: case for name, case in CASES.items() if name != "prompt logprobs"}  # these don't stream
+    longer = {"max_tokens": 400, "structured_outputs": {"regex": "(ab|cd){150}"}}
+    for index, (name, case) in enumerate(kinds.items()):
+        options = {**GREEDY, **case, **{key: value for key, value in longer.items() if key in case}}
+        stream = Background(server, options.pop("prompt"), **options)
+        stream.wait_for_tokens()
+        record = server.switch((TP, DP)[index % 2], method="migrate")
+        assert record["requests"] == {**NONE, "moved": case.get("n", 1)}, (name, str(record))
+        stream.abort()
+        stream.join()
+
+
 def test_no_token_is_computed_twice(server: Server) -> None:
     prompts = random_prompts(77, [40 + 7 * index for index in range(16)])
     before = server.scheduled_tokens()

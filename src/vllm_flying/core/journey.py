@@ -37,6 +37,8 @@ class Journey:
     last_resort: bool = False
     """Requests for which there is no room are computed again, where they can be at all."""
     offers: dict[str, Offer] = field(default_factory=dict)
+    immovable: int = 0
+    """Begun requests that only their own layout can run."""
     room: dict[Group, int] = field(default_factory=dict)
     """Free KV tokens of the target groups."""
     capacity: dict[Group, int] = field(default_factory=dict)
@@ -58,9 +60,14 @@ class Journey:
     _returned: dict[int, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
-    def staying(self) -> int:
-        """Requests that wait, paused, for their layout: nobody had room for them."""
+    def unplaced(self) -> int:
+        """Requests that wait, paused, for room in the new layout."""
         return len(self.offers) - len(self.arrived)
+
+    @property
+    def staying(self) -> int:
+        """Requests that stay paused: those, and what only its own layout can run."""
+        return self.unplaced + self.immovable
 
     @property
     def recomputed_tokens(self) -> int:
@@ -69,7 +76,8 @@ class Journey:
 
     def moved(self, engine: int, reply: dict[str, Any]) -> None:
         """An engine is in its new group: what it offers, and the room it has if it leads."""
-        for raw in reply.get("offers", ()):
+        self.immovable += reply["staying"]
+        for raw in reply["offers"]:
             source = aligned_group(engine, raw["width"])
             fields = {key: value for key, value in raw.items() if key not in ("width", "pages")}
             self.offers[raw["request_id"]] = Offer(source=source, pages=tuple(raw["pages"]), **fields)
@@ -77,12 +85,13 @@ class Journey:
         self.intact.setdefault(group, []).append(reply["intact"])
         if engine == group[0]:
             self.room[group] = reply["free_tokens"]
-            self.capacity[group] = reply.get("capacity_tokens", 0)
-            self.prefill_s[group] = reply.get("prefill_s")
+            self.capacity[group] = reply["capacity_tokens"]
+            self.prefill_s[group] = reply["prefill_s"]
 
     def admissions(self, groups: Sequence[Group]) -> list[Call]:
         """Offers to the leaders that have room for them."""
-        self.recomputed = self._cheaper_anew()
+        begin_again = {offer.request_id for offer in self.offers.values() if offer.begins_again}
+        self.recomputed = begin_again | self._cheaper_anew()
         room = {group: self.room.get(group, 0) for group in groups}
         placed, unplaced = place_offers(list(self.offers.values()), room, self.recomputed)
         if self.last_resort:

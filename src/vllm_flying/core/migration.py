@@ -34,6 +34,8 @@ class Offer:
     most_tokens: int = 0
     """KV tokens that it may come to need."""
     recomputable: bool = False
+    begins_again: bool = False
+    """Its KV is of no use elsewhere: it is computed again wherever it goes."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ logger = init_logger("vllm.flying.switch")
 COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
 # When to look again for room for requests that a migration left behind.
 FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, *[5.0] * 100)
+FETCH_LIMIT_S = 30.0
 # Reasons of switches: asked for by hand; for requests left behind. Hints and the controller name their own.
 OPERATOR = "operator"
 FETCHING = "paused requests"
@@ -89,13 +90,21 @@ class Switcher:
 
         With `last_resort`, begun requests that find no room are computed again.
         """
+        transaction, record = await self._switch(target, method, timeout_s, reason, last_resort)
+        if transaction.journey.unplaced:
+            self._later(self._fetch_paused(transaction.target))
+        return record
+
+    async def _switch(
+        self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool
+    ) -> tuple[SwitchTransaction, dict[str, Any]]:
         started_ns, deadline = time.time_ns(), time.perf_counter() + timeout_s
         with switch_lock(self._directory):
             transaction, record = await self._switch_once(target, method, timeout_s, reason)
             anew = False
             for _ in range(MAX_WAVES):
                 left = deadline - time.perf_counter()
-                if not transaction.journey.staying or left <= 0:
+                if not transaction.journey.unplaced or left <= 0:
                     break
                 if not transaction.journey.arrived:  # the last wave made no room
                     if anew or not last_resort:
@@ -110,13 +119,11 @@ class Switcher:
         self._rates = self._rates.learn(record)
         _tell(record, started_ns)
         self._collect_later(transaction)
-        if transaction.journey.staying and reason != FETCHING:
-            self._later(self._fetch_paused(transaction.target))
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
             record["epoch"], record["from"], record["to"], reason, method, 1e3 * record["seconds"]["total"],
         )  # fmt: skip
-        return record
+        return transaction, record
 
     async def _switch_once(
         self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool = False
@@ -217,11 +224,11 @@ class Switcher:
                 return
             try:
                 last_resort = waited >= self._settings.paused_limit_s
-                record = await self.switch(layout, "migrate", reason=FETCHING, last_resort=last_resort)
+                transaction, _ = await self._switch(layout, "migrate", FETCH_LIMIT_S, FETCHING, last_resort)
             except (SwitchPendingError, SwitchFailed) as error:
                 logger.debug("Paused requests could not be fetched now: %s", error)
                 continue
-            if not record["requests"]["paused"]:
+            if not transaction.journey.unplaced:
                 return
 
     async def _collect(self, parked: list[int], layout: Layout) -> None:

@@ -225,7 +225,7 @@ class EngineAgent:
         self._check_prepared(epoch)
         self._drop_arrivals()
         self._leave()
-        offers = self._offers(tuple(group)) if offering else []
+        offers, staying = self._offers(tuple(group)) if offering else ([], 0)
         intact = self._join(tuple(group), lease, epoch)
         pool = self.facade.pools[self.facade.active_width]
         return {
@@ -233,6 +233,7 @@ class EngineAgent:
             "capacity_tokens": self._kv_tokens(),
             "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
+            "staying": staying,
             "intact": to_bitmap(intact, self._num_pages),
         }
 
@@ -244,17 +245,19 @@ class EngineAgent:
         width = self.facade.active_width
         return int(self.facade.pools[width].num_owned * self._page_tokens(width))
 
-    def _offers(self, group: Group) -> list[dict[str, Any]]:
-        movable = departures.movable_requests(self.facade, len(group) if group[0] == self.engine else None)
-        if not movable:
-            return []
-        ids = {width: [request.request_id for request in requests] for width, requests in movable.items()}
-        states: dict[str, bytes] = self._call_workers("flying_export", (ids,))[0]
-        return [
+    def _offers(self, group: Group) -> tuple[list[dict[str, Any]], int]:
+        """The begun requests that the new layout doesn't run, and how many more of them can't move."""
+        begun = departures.begun_requests(self.facade, len(group) if group[0] == self.engine else None)
+        movable = {width: [r for r in requests if departures.can_move(r)] for width, requests in begun.items()}
+        staying = sum(len(requests) - len(movable[width]) for width, requests in begun.items())
+        ids = {width: [request.request_id for request in requests] for width, requests in movable.items() if requests}
+        states: dict[str, bytes] = self._call_workers("flying_export", (ids,))[0] if ids else {}
+        offers = [
             departures.make_offer(self.facade, width, request, states.get(request.request_id))
             for width, requests in movable.items()
             for request in requests
         ]
+        return offers, staying
 
     def _leave(self) -> None:
         facade, width = self.facade, len(self.group)

@@ -21,35 +21,37 @@ def paused_widths(facade: FlyingScheduler) -> list[int]:
     return [width for width, scheduler in facade.schedulers.items() if scheduler.requests]
 
 
-def movable_requests(facade: FlyingScheduler, active_width: int | None) -> dict[int, list[Request]]:
-    """Begun requests by width, but for those of `active_width`, that another layout can go on with."""
-    movable: dict[int, list[Request]] = {}
-    for width, scheduler in facade.schedulers.items():
-        requests = [request for request in scheduler.requests.values() if _can_move(request, scheduler)]
-        if requests and width != active_width:
-            movable[width] = requests
-    return movable
+def begun_requests(facade: FlyingScheduler, active_width: int | None) -> dict[int, list[Request]]:
+    """Begun requests by width, but for those of `active_width`, which go on here."""
+    return {
+        width: [request for request in scheduler.requests.values() if _has_begun(request)]
+        for width, scheduler in facade.schedulers.items()
+        if width != active_width
+    }
 
 
-def _can_move(request: Request, scheduler: Any) -> bool:
-    if request.is_finished() or request.streaming_queue is not None:
-        return False
-    if not (request.num_computed_tokens or request.num_output_tokens or request.num_preemptions):
-        return False  # fresh: it is handed over, not moved
-    if request.status not in (RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.WAITING):
-        return False
-    structured = request.structured_output_request
-    if structured is not None and structured.reasoning_ended is not None:
-        return False  # the reasoning parser's own state can't be rebuilt
-    params = request.sampling_params
-    in_prompt = request.num_computed_tokens < request.num_prompt_tokens
-    # Runner V2 collects prompt logprobs in a buffer of its own.
-    return not (scheduler.use_v2_model_runner and params.prompt_logprobs is not None and in_prompt)
+def _has_begun(request: Request) -> bool:
+    """Others are handed over, not moved."""
+    begun = request.num_computed_tokens or request.num_output_tokens or request.num_preemptions
+    return bool(begun) and not request.is_finished()
+
+
+def can_move(request: Request) -> bool:
+    """Whether another layout can go on with a begun request. A streaming-input session's queue can't travel."""
+    statuses = (RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.WAITING)
+    return request.status in statuses and request.streaming_queue is None
+
+
+def _must_begin_again(request: Request, use_v2_model_runner: bool) -> bool:
+    """Runner V2 collects prompt logprobs in a buffer of its own, which doesn't travel."""
+    collects = request.sampling_params.prompt_logprobs is not None
+    return use_v2_model_runner and collects and request.num_computed_tokens < request.num_prompt_tokens
 
 
 def make_offer(facade: FlyingScheduler, width: int, request: Request, state: bytes | None) -> dict[str, Any]:
     """One request as plain values: see `core.migration.Offer`."""
     manager = facade.schedulers[width].kv_cache_manager
+    begins_again = _must_begin_again(request, facade.schedulers[width].use_v2_model_runner)
     (pages,) = manager.get_block_ids(request.request_id) if request.num_computed_tokens else ([],)
     return {
         "request_id": request.request_id,
@@ -62,8 +64,9 @@ def make_offer(facade: FlyingScheduler, width: int, request: Request, state: byt
         "arrival_time": request.arrival_time,
         "kv_bytes": len(pages) * page_bytes(facade) * width,
         "most_tokens": request.num_prompt_tokens + request.max_tokens,
+        "begins_again": begins_again,
         # Prompt logprobs are collected on the way through the prompt: halfway, they would be collected twice.
-        "recomputable": request.sampling_params.prompt_logprobs is None,
+        "recomputable": begins_again or request.sampling_params.prompt_logprobs is None,
     }
 
 

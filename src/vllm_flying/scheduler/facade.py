@@ -26,6 +26,7 @@ from vllm_flying.scheduler import registry
 from vllm_flying.scheduler.deferral import Deferral
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
+from vllm_flying.scheduler.structured import note_beginning
 from vllm_flying.settings import URGENT_POLICIES, settings_from_vllm_config
 from vllm_flying.worker.kv_views import wide_kv_cache_config
 from vllm_flying.worker.layout_table import wide_vllm_config
@@ -123,6 +124,7 @@ class FlyingScheduler(SchedulerInterface):
         if known is not None:  # another chunk of a streaming-input session
             known.add_request(request)
             return
+        note_beginning(request)
         self.meter.added(request)
         self.place(request)
 

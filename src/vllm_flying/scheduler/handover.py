@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output.request import StructuredOutputRequest
 
-logger = init_logger("vllm.flying.engine")
-
-GRAMMAR_LIMIT_S = 5.0
+from vllm_flying.scheduler.structured import Beginning, begin_again, beginning_of, replay_output
 
 
 def pack_requests(requests: Sequence[Request]) -> bytes:
@@ -31,17 +26,15 @@ def pack_requests(requests: Sequence[Request]) -> bytes:
         if request.structured_output_request is not None:
             request.structured_output_request = None
             request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
-    return pickle.dumps(list(requests), protocol=pickle.HIGHEST_PROTOCOL)
+    return _pack([(request, beginning_of(request)) for request in requests])
 
 
 def unpack_requests(packed: bytes, structured_output_manager: Any) -> list[Request]:
     """The requests again, their grammars being compiled. `packed` comes from another engine of this server."""
-    requests: list[Request] = pickle.loads(packed)
-    for request in requests:
-        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
-            request.structured_output_request = StructuredOutputRequest.from_sampling_params(request.sampling_params)
-            structured_output_manager.grammar_init(request)
-    return requests
+    travelling: list[tuple[Request, Beginning]] = pickle.loads(packed)
+    for request, beginning in travelling:
+        begin_again(request, beginning, structured_output_manager)
+    return [request for request, _ in travelling]
 
 
 def pack_begun(request: Request) -> bytes:
@@ -53,27 +46,16 @@ def pack_begun(request: Request) -> bytes:
     travelling.status = RequestStatus.PREEMPTED
     travelling.last_sched_seq = 0
     travelling.next_decode_eligible_step = 0
-    return pickle.dumps(travelling, protocol=pickle.HIGHEST_PROTOCOL)
+    return _pack((travelling, beginning_of(request)))
 
 
 def unpack_begun(packed: bytes, structured_output_manager: Any) -> Request | None:
     """The request again, its grammar where it was; None if the grammar can't be brought there."""
-    request: Request = pickle.loads(packed)
-    request.structured_output_request = StructuredOutputRequest.from_sampling_params(request.sampling_params)
-    if request.structured_output_request is not None and not _replay_grammar(request, structured_output_manager):
-        return None
-    return request
+    travelling: tuple[Request, Beginning] = pickle.loads(packed)
+    request, beginning = travelling
+    begin_again(request, beginning, structured_output_manager)
+    return request if replay_output(request, structured_output_manager) else None
 
 
-def _replay_grammar(request: Request, structured_output_manager: Any) -> bool:
-    structured = request.structured_output_request
-    structured_output_manager.grammar_init(request)
-    deadline = time.monotonic() + GRAMMAR_LIMIT_S
-    while not structured.is_grammar_ready and time.monotonic() < deadline:
-        time.sleep(0.001)
-    grammar = structured.grammar if structured.is_grammar_ready else None
-    if grammar is None or isinstance(grammar, Exception):
-        logger.warning("The grammar of request %s can't be rebuilt (%s); it stays paused.", request.request_id, grammar)
-        return False
-    tokens = list(request.output_token_ids)
-    return not tokens or bool(grammar.accept_tokens(request.request_id, tokens))
+def _pack(travelling: Any) -> bytes:
+    return pickle.dumps(travelling, protocol=pickle.HIGHEST_PROTOCOL)
