@@ -152,6 +152,35 @@ def test_step_costs_are_learned(fixed: float, prompt: float, decode: float, seed
     assert cost.numbers() == pytest.approx((fixed, prompt, decode), rel=0.05, abs=2e-5)
 
 
+def test_a_quiet_hour_is_no_reason_to_forget_what_a_full_batch_costs() -> None:
+    cost = StepCost()
+    cost.seed([(1, 0.010), (16, 0.012), (256, 0.050)])
+    for decodes in (1, 8, 16, 32) * 10:
+        cost.learn(0, decodes, 0.020 + 0.001 * decodes)
+    for _ in range(5000):
+        cost.learn(0, 1, 0.021)
+        cost.learn(256, 0, 0.020 + 0.0002 * 256)
+    assert cost.decode_step_s(32) == pytest.approx(0.052, rel=0.1)
+
+
+def test_what_has_not_run_costs_what_the_probe_says_and_what_it_does_not_see() -> None:
+    cost = StepCost()
+    cost.seed([(1, 0.010), (16, 0.025), (256, 0.265)])
+    for _ in range(50):
+        cost.learn(0, 1, 0.015)
+    fixed, prompt, decode = cost.numbers()
+    assert fixed == pytest.approx(0.014, rel=0.1)
+    assert prompt == pytest.approx(0.001, rel=0.1) and decode == pytest.approx(0.001, rel=0.1)
+
+
+def test_one_step_that_was_held_up_changes_little() -> None:
+    cost = StepCost()
+    for _ in range(40):
+        cost.learn(0, 4, 0.02)
+    cost.learn(0, 4, 5.0)
+    assert cost.decode_step_s(4) < 0.03
+
+
 @given(
     st.floats(0, 200), st.floats(0, 9000), st.floats(0, 50), st.integers(1, 2000), st.integers(1, 500),
     st.sampled_from([1, 2, 4]), st.integers(1, 256),

@@ -1,8 +1,9 @@
 """What a step costs in a layout, learned from the steps that were run.
 
-Pure. A step of `p` prompt tokens and `d` decoding requests takes about `fixed + per_prompt_token * p + per_decode * d`
-seconds. The three numbers are fitted by recursive least squares with forgetting, so they follow the server; a probe
-at start seeds them for layouts that haven't served yet.
+Pure; numpy for a fit of three numbers. A step of `p` prompt tokens and `d` decoding requests takes about `fixed +
+per_prompt_token * p + per_decode * d` seconds. Steps of about the same make-up are averaged, each kind by itself, and
+the numbers are fitted to the kinds: a quiet hour doesn't make the server forget what a full batch costs. A probe at
+start stands in for kinds that haven't run yet.
 """
 
 from __future__ import annotations
@@ -10,32 +11,59 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-FORGETTING = 0.99
+import numpy as np
+
 # Below this a fitted number is noise: no step is free, and none gets cheaper with more work.
 LEAST = 1e-9
 ENOUGH_STEPS = 30
+# A kind of steps follows its last ones, as many as this.
+MEMORY_STEPS = 16
+# A step that takes so many times what its kind takes was held up by something else.
+HELD_UP = 4.0
+# A probe's kind counts as so many real steps, once there are any.
+STAND_IN = 0.05
+# So that three numbers come out of fewer kinds: what can't be told apart is a cost of every step.
+UNITS = np.array([1.0, 64.0, 8.0])
+RIDGE = 1e-3
+
+
+@dataclass
+class _Kind:
+    """Steps of about the same make-up: their means."""
+
+    prompt_tokens: float
+    decodes: float
+    seconds: float
+    steps: float = 1
+
+    def add(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
+        if self.steps >= MEMORY_STEPS:
+            seconds = min(seconds, HELD_UP * self.seconds)
+        self.steps += 1
+        share = 1.0 / min(self.steps, MEMORY_STEPS)
+        self.prompt_tokens += share * (prompt_tokens - self.prompt_tokens)
+        self.decodes += share * (decodes - self.decodes)
+        self.seconds += share * (seconds - self.seconds)
+
+
+Kinds = dict[tuple[int, int], _Kind]
 
 
 @dataclass
 class StepCost:
     """The fit for one width."""
 
-    weights: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Seconds: per step, per prompt token, per decoding request."""
     steps: int = 0
-    """Steps seen, the probe's included."""
-    probed: int = 0
-    """Of these, the probe's."""
+    """Real steps seen."""
     probed_step_s: float = 0.0
     """What a step cost by the probe alone: a forward pass, without scheduling and sampling."""
-    _spread: list[list[float]] = field(
-        default_factory=lambda: [[1e3, 0.0, 0.0], [0.0, 1e1, 0.0], [0.0, 0.0, 1e1]], repr=False
-    )
+    _seen: Kinds = field(default_factory=dict)
+    _probed: Kinds = field(default_factory=dict)
 
     @property
     def known(self) -> bool:
         """Whether there is anything to predict from."""
-        return self.steps > 0
+        return bool(self._seen or self._probed)
 
     @property
     def prompt_token_s(self) -> float | None:
@@ -49,33 +77,67 @@ class StepCost:
 
     def learn(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
         """A step was run."""
-        x = (1.0, prompt_tokens / 64.0, decodes / 8.0)
-        spread_x = [sum(row[j] * x[j] for j in range(3)) for row in self._spread]
-        scale = FORGETTING + sum(x[i] * spread_x[i] for i in range(3))
-        gain = [value / scale for value in spread_x]
-        error = seconds - sum(self.weights[i] * x[i] for i in range(3))
-        for i in range(3):
-            self.weights[i] += gain[i] * error
-            for j in range(3):
-                self._spread[i][j] = min(1e6, (self._spread[i][j] - gain[i] * spread_x[j]) / FORGETTING)
+        _add(self._seen, prompt_tokens, decodes, seconds)
         self.steps += 1
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
         """Learn from a probe: (tokens, seconds) of forward passes. A token costs the same whatever it is."""
         for tokens, seconds in probes:
-            self.learn(0, int(tokens), seconds)
+            _add(self._probed, 0, int(tokens), seconds)
             if tokens > 1:
-                self.learn(int(tokens) - 1, 1, seconds)
-        self.probed, self.probed_step_s = self.steps, self.numbers()[0]
+                _add(self._probed, int(tokens) - 1, 1, seconds)
+        self.probed_step_s = _fit(self._probed.values())[0]
 
     def report(self) -> list[float]:
         """As `estimates` takes it: the numbers, real steps seen, and what a step cost by the probe."""
-        return [*self.numbers(), self.steps - self.probed, self.probed_step_s]
+        return [*self.numbers(), self.steps, self.probed_step_s]
 
     def numbers(self) -> tuple[float, float, float]:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
-        fixed, prompt, decode = self.weights
-        return max(fixed, LEAST), max(prompt / 64.0, LEAST), max(decode / 8.0, LEAST)
+        return _fit([*self._seen.values(), *self._stand_ins()])
+
+    def _stand_ins(self) -> list[_Kind]:
+        """The probe's kinds that haven't run, with what real steps were found to cost beyond a probe."""
+        unseen = [kind for key, kind in self._probed.items() if key not in self._seen]
+        if not self._seen or not unseen:
+            return unseen
+        fixed, prompt, decode = _fit(self._probed.values())
+        beyond = [
+            (kind.steps, kind.seconds - fixed - prompt * kind.prompt_tokens - decode * kind.decodes)
+            for kind in self._seen.values()
+        ]
+        overhead = max(0.0, sum(steps * seconds for steps, seconds in beyond) / sum(steps for steps, _ in beyond))
+        return [_Kind(kind.prompt_tokens, kind.decodes, kind.seconds + overhead, STAND_IN) for kind in unseen]
+
+
+def _add(kinds: Kinds, prompt_tokens: int, decodes: int, seconds: float) -> None:
+    key = (prompt_tokens.bit_length(), decodes.bit_length())
+    if key in kinds:
+        kinds[key].add(prompt_tokens, decodes, seconds)
+    else:
+        kinds[key] = _Kind(float(prompt_tokens), float(decodes), seconds)
+
+
+def _fit(kinds: Iterable[_Kind]) -> tuple[float, float, float]:
+    """Least squares of the relative errors, with no number below zero."""
+    kinds = list(kinds)
+    if not kinds:
+        return LEAST, LEAST, LEAST
+    seconds = np.array([max(kind.seconds, LEAST) for kind in kinds])
+    weights = np.sqrt([min(kind.steps, MEMORY_STEPS) for kind in kinds]) / seconds
+    rows = np.array([[1.0, kind.prompt_tokens, kind.decodes] for kind in kinds]) / UNITS * weights[:, None]
+    goals = seconds * weights
+    scale = RIDGE * float(np.abs(rows).max())
+    free = [0, 1, 2]
+    while True:
+        system = np.vstack([rows[:, free], scale * np.eye(len(free))])
+        fitted = np.linalg.lstsq(system, np.concatenate([goals, np.zeros(len(free))]), rcond=None)[0]
+        if fitted.min() >= 0.0 or len(free) == 1:
+            break
+        free.pop(int(fitted.argmin()))
+    numbers = np.full(3, LEAST)
+    numbers[free] = np.maximum(fitted / UNITS[free], LEAST)
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
 def estimates(reports: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, float, float]]:
