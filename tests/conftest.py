@@ -1,10 +1,14 @@
-"""Fixtures shared by all tests: where checkpoints go."""
+"""Shared by all tests: where checkpoints go, and no time limits on examples, which slow machines would miss."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

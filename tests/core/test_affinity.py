@@ -40,7 +40,6 @@ def after(history: list[tuple[Prefix, int]]) -> PrefixAffinity:
     return affinity
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=5), st.lists(st.integers(0, 2), max_size=5), st.integers(0, 63))
 def test_two_prompts_share_a_key_for_every_full_chunk_they_begin_with(one: list[int], two: list[int], rest: int) -> None:
     common = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
@@ -55,7 +54,6 @@ def test_long_prompts_have_so_many_keys_and_other_salts_have_others() -> None:
     assert not set(prefix_keys(prompt(1, 2), "a")) & set(prefix_keys(prompt(1, 2), "b"))
 
 
-@settings(deadline=None)
 @given(histories, st.integers(0, 6))
 def test_the_size_is_bounded_and_what_was_used_last_is_kept(history: list[tuple[Prefix, int]], most: int) -> None:
     affinity = PrefixAffinity(most_entries=most)
@@ -67,7 +65,7 @@ def test_the_size_is_bounded_and_what_was_used_last_is_kept(history: list[tuple[
             assert affinity.preferred([GroupState((engine,), 0, 1)], prefix[:1]) is not None, "the part most others share"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(group_states(), histories, beginnings, st.integers(0, 900), st.sampled_from([None, 1, 2, 4, 8]))
 def test_the_longest_match_within_the_bounds_is_preferred(
     groups: list[GroupState], history: list[tuple[Prefix, int]], prefix: Prefix, tokens: int, width: int | None
@@ -116,7 +114,6 @@ def test_the_load_of_wide_groups_counts_per_engine() -> None:
     assert affinity.preferred(groups_of(mixed, 5, 0, 0), keys(1)) is None
 
 
-@settings(deadline=None)
 @given(histories, layouts(8))
 def test_what_a_member_served_its_group_knows(history: list[tuple[Prefix, int]], layout: Layout) -> None:
     affinity = after(history)

@@ -74,7 +74,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
 
 TestLeases = LeaseMachine.TestCase
-TestLeases.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLeases.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def test_broken_leases_are_refused_by_name() -> None:

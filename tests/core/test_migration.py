@@ -32,7 +32,7 @@ def write(pools: np.ndarray, group: Group, pages: dict[int, list[int]], k: int, 
                 pools[engine, pages[engine][page], place * heads + head] = (label, block, rank * heads + head)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_units_carry_every_token_and_head_to_its_place(data: st.DataObject) -> None:
     source = data.draw(st.sampled_from(groups()))

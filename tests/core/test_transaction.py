@@ -12,7 +12,7 @@ from tests.core.test_topology import layouts
 from vllm_flying.core.journey import Call
 from vllm_flying.core.leases import PageLeases
 from vllm_flying.core.topology import Group, Layout, aligned_group
-from vllm_flying.core.transaction import UNDOABLE, Phase, SwitchTransaction
+from vllm_flying.core.transaction import FORWARD, UNDOABLE, Phase, SwitchTransaction
 
 NUM_ENGINES = 4
 NUM_PAGES = 10
@@ -48,7 +48,7 @@ class Engine:
     def dissolve(self) -> None:
         pages, self.free[len(self.group)] = sorted(self.free[len(self.group)]), set()
         for member in self.group:
-            if EVERYONE[member].group == self.group:
+            if EVERYONE[member].group == self.group and EVERYONE[member].handed_back is None:
                 EVERYONE[member].handed_back = pages
 
     @property
@@ -61,6 +61,10 @@ class Engine:
         if self.leads and pages:
             self.requests[request_id] = (width, pages.pop())
 
+    def abort(self, request_id: str) -> None:
+        width, page = self.requests.pop(request_id)
+        (self.own_free if width == 1 else self.free[width]).add(page)
+
     def handle(self, call: Call) -> Any:
         return getattr(self, call.operation)(**call.arguments)
 
@@ -70,7 +74,8 @@ class Engine:
         self.preparing = epoch
         width = len(self.group)
         returnable = len(self.free[width]) if width > 1 and self.leads else 0
-        widths = sorted({width for width, _ in self.requests.values()})
+        left = {w for w, pages in self.free.items() if pages and not (self.leads and w == width)}
+        widths = sorted({width for width, _ in self.requests.values()} | left)
         return {
             "free_pages": len(self.own_free), "returnable_pages": returnable, "begun": 0, "paused_widths": widths,
         }  # fmt: skip
@@ -210,7 +215,7 @@ def check_pages(engines: list[Engine], layout: Layout, begun: set[str]) -> None:
     assert sorted(homes) == sorted(begun), "a request is lost, or in two places"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layouts(data: st.DataObject) -> None:
     engines = [Engine(e) for e in range(NUM_ENGINES)]
@@ -219,6 +224,9 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
     for epoch in range(1, data.draw(st.integers(2, 6))):
         for engine in data.draw(st.lists(st.integers(0, NUM_ENGINES - 1), max_size=5)):
             engines[engine].begin(f"{epoch}.{engine}.{len(engines[engine].requests)}")
+        for request_id, home in sorted((i, engine.engine) for engine in engines for i in engine.requests):
+            if data.draw(st.booleans()):
+                engines[home].abort(request_id)
         begun = {request_id for engine in engines for request_id in engine.requests}
         target = data.draw(layouts(NUM_ENGINES))
         method = data.draw(st.sampled_from(["pause", "migrate"]))
@@ -242,6 +250,60 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
             assert transaction.failure is None or failing is None
             layout = target
         check_pages(engines, layout, begun)
+
+
+@pytest.mark.parametrize("phase", sorted(FORWARD, key=lambda phase: phase.value))
+@pytest.mark.parametrize("refusing", [0, 1, None])
+def test_what_fails_after_the_proof_does_not_keep_the_others_from_going_on(phase: Phase, refusing: int | None) -> None:
+    engines = [Engine(e) for e in range(2)]
+    EVERYONE[:] = engines
+    for engine in engines:
+        engine.begin(f"r{engine.engine}")
+
+    def fails(call: Call, now: Phase, before: bool) -> bool:
+        return now is phase and before == (refusing is not None) and call.engine == (refusing or 0)
+
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "migrate")
+    run(transaction, engines, fails)
+    if phase is Phase.EXTEND and refusing == 1:
+        assert transaction.phase is Phase.COMMITTED  # only the leader is asked
+        return
+    assert transaction.phase is Phase.FAILED and transaction.failure and transaction.holds
+    going_on = [engine for engine in engines if phase is not Phase.COMMIT or engine.engine != refusing]
+    assert all(engine.preparing is None and engine.group == (0, 1) for engine in going_on)
+
+
+def test_the_time_limit_is_for_what_can_be_undone() -> None:
+    engines = [Engine(e) for e in range(2)]
+    EVERYONE[:] = engines
+    for engine in engines:
+        engine.begin(f"r{engine.engine}")
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "migrate")
+    bounded = {}
+
+    def look(call: Call, phase: Phase, before: bool) -> bool:
+        bounded[phase] = transaction.is_bounded
+        return False
+
+    run(transaction, engines, look)
+    assert bounded == {phase: phase is Phase.PREPARE or phase in UNDOABLE for phase in bounded}
+    assert set(bounded) >= FORWARD
+
+
+def test_pages_left_by_requests_that_ended_go_back_to_every_member() -> None:
+    engines = [Engine(e) for e in range(NUM_ENGINES)]
+    EVERYONE[:] = engines
+    separate, merged = Layout.separate(4), Layout.of([[0, 1, 2, 3]], 4)
+    never = lambda call, phase, before: False  # noqa: E731
+    run(SwitchTransaction(1, separate, merged, "pause"), engines, never)
+    engines[0].begin("r")
+    run(SwitchTransaction(2, merged, separate, "pause"), engines, never)
+    engines[0].abort("r")
+    engines[1].begin("other")
+    transaction = SwitchTransaction(3, separate, Layout.of([[0, 1], [2], [3]], 4), "migrate")
+    run(transaction, engines, never)
+    assert transaction.engines == (0, 1, 2, 3)
+    assert [engine.leases.virtual_pages(4) for engine in engines] == [set()] * 4
 
 
 def test_a_migration_into_the_present_layout_fetches_what_is_paused() -> None:

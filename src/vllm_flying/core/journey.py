@@ -162,9 +162,7 @@ class Journey:
         self.seconds = max(self.seconds, reply["seconds"])
 
     def releases(self, engines: Sequence[int]) -> list[Call]:
-        """Sources let go of what arrived elsewhere; all workers forget it."""
-        if not self.arrived:
-            return []
+        """Sources let go of what arrived elsewhere, and of pages that nobody holds; all workers forget it."""
         forget: dict[int, list[str]] = {}
         own: dict[int, dict[int, list[str]]] = {}
         for request_id in self.arrived:
@@ -207,7 +205,7 @@ class Journey:
         """Tell the leaders of merged groups what every member lent at the commit."""
         calls = []
         for group in self.target.groups:
-            if group[0] in committed and self._extension(group) > 0:
+            if committed.keys() >= set(group) and self._extension(group) > 0:
                 lent = {str(member): committed[member]["lent"][1] for member in group}
                 virtual = committed[group[0]]["lent"][0]
                 calls.append(Call(group[0], "extend", {"epoch": self.epoch, "virtual": virtual, "physical": lent}))

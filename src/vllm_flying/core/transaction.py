@@ -38,8 +38,9 @@ class Phase(Enum):
 
 FINAL = frozenset({Phase.COMMITTED, Phase.ROLLED_BACK, Phase.FAILED})
 UNDOABLE = frozenset({Phase.MOVE, Phase.ADMIT, Phase.TRANSFER, Phase.PROVE})
-# A failure in one of these can't be mended: what was given up may not be back, or nobody knows.
-POINTS_OF_NO_RETURN = frozenset({Phase.MOVE_BACK, Phase.CANCEL, Phase.RELEASE, Phase.COMMIT, Phase.EXTEND})
+# The new layout is proved: a failure in one of these is noted, and the rest is carried through.
+FORWARD = frozenset({Phase.RELEASE, Phase.COMMIT, Phase.EXTEND})
+UNDOING = frozenset({Phase.MOVE_BACK, Phase.CANCEL})
 FOLLOWING = {
     Phase.PREPARE: Phase.MOVE,
     Phase.MOVE: Phase.ADMIT,
@@ -72,6 +73,7 @@ class SwitchTransaction:
     proof: list[dict[str, Any]] = field(default_factory=list)
     committed: dict[int, dict[str, Any]] = field(default_factory=dict)
     journey: Journey = field(init=False)
+    _proved: bool = False
     _joined: set[int] = field(default_factory=set)
     _waiting: set[int] = field(default_factory=set)
     _failed: set[int] = field(default_factory=set)
@@ -97,6 +99,16 @@ class SwitchTransaction:
     def is_over(self) -> bool:
         """No more calls will come."""
         return self.phase in FINAL
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the caller's time limit applies. What undoes a switch or carries it through must be awaited."""
+        return self.failure is None and self.phase not in FORWARD | UNDOING
+
+    @property
+    def holds(self) -> bool:
+        """The new layout stands, though perhaps something failed after its proof."""
+        return self.is_over and self._proved
 
     @property
     def waiting_for(self) -> tuple[int, ...]:
@@ -131,7 +143,8 @@ class SwitchTransaction:
     def failed(self, engine: int | None, reason: str) -> list[Call]:
         """An engine refused, or (engine None) the time limit passed. Before the release the switch is undone.
 
-        While engines are moving, the others' replies are awaited first: what is undone must be known.
+        While engines are moving, the others' replies are awaited first: what is undone must be known. From the release
+        on the switch goes on with those that do their part, and ends as failed.
         """
         if self.is_over:
             return []
@@ -140,11 +153,6 @@ class SwitchTransaction:
         if engine is not None:
             self._failed.add(engine)
             self._waiting.discard(engine)
-        if self.phase in POINTS_OF_NO_RETURN:
-            if engine is None:
-                self.phase = Phase.FAILED
-                return []
-            return self._advance()
         if self.phase is Phase.PREPARE:
             return self._enter(Phase.CANCEL)
         if engine is None:
@@ -172,14 +180,15 @@ class SwitchTransaction:
         if problem:
             self.failure = problem
             return self._enter(Phase.MOVE_BACK)
-        if self._failed and self.phase in POINTS_OF_NO_RETURN:
+        if self._failed and (self.phase in UNDOING or self.phase is Phase.EXTEND):
             self.phase = Phase.FAILED
             return []
         return self._enter(FOLLOWING[self.phase])
 
     def _enter(self, phase: Phase) -> list[Call]:
         self.phase = phase
-        if phase in (Phase.MOVE_BACK, Phase.CANCEL):
+        self._proved = self._proved or phase in FORWARD
+        if phase in UNDOING:
             self._failed = set()  # what failed until here is what these phases mend
         calls = self._calls(phase)
         self._waiting = {call.engine for call in calls}
@@ -199,7 +208,7 @@ class SwitchTransaction:
         if phase is Phase.PROVE:
             return [Call(group[0], "prove", {}) for group in self._changed_groups(self.target)]
         if phase is Phase.RELEASE:
-            return self.journey.releases(self.engines)
+            return self.journey.releases(self.engines) if self._may_reclaim() else []
         if phase is Phase.COMMIT:
             return [self._commit(engine) for engine in self.engines]
         if phase is Phase.EXTEND:
@@ -247,6 +256,11 @@ class SwitchTransaction:
                     wanted.update(aligned_group(engine, width))
             grown = len(wanted) > before
         return wanted - set(self.prepared)
+
+    def _may_reclaim(self) -> bool:
+        """Requests have left former layouts, or only their pages are left there."""
+        left = any(reply.get("paused_widths") for reply in self.prepared.values())
+        return bool(self.journey.arrived) or (self.migrates and left)
 
     def lease(self, group: Group) -> int:
         """Pages that each member lends to `group`: as many as every member has free once its old group is left."""

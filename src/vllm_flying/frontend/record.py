@@ -15,7 +15,7 @@ PHASES = ("prepare", "move", "admit", "transfer", "prove", "release", "commit", 
 def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
     """What one transaction did. `seconds` has the time of each phase and the `total`."""
     journey = transaction.journey
-    committed = transaction.phase.value == "committed"
+    committed = transaction.holds
     moved = len(journey.arrived) if committed else 0
     recomputed = len(journey.recomputed & journey.arrived.keys()) if committed else 0
     begun = sum(reply["begun"] for reply in transaction.prepared.values())

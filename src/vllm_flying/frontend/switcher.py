@@ -9,8 +9,9 @@ import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 
@@ -26,15 +27,18 @@ from vllm_flying.settings import SWITCH_METHODS, Settings
 
 logger = init_logger("vllm.flying.switch")
 
+T = TypeVar("T")
+
 # When to look for requests that were on their way to an engine while it was being parked.
 COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
-# When to look again for room for requests that a migration left behind.
-FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, *[5.0] * 100)
+# When to look again for room for requests that a migration left behind; the last for as long as it takes.
+FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, 5.0, 5.0, 5.0, 20.0)
 FETCH_LIMIT_S = 30.0
 # Reasons of switches: asked for by hand; for requests left behind. Hints and the controller name their own.
 OPERATOR = "operator"
 FETCHING = "paused requests"
-UNDO_LIMIT_S = 10.0
+# For each phase that undoes a switch or carries it through; the caller's limit doesn't apply to these.
+FINISH_LIMIT_S = 60.0
 # Waves of a migration that hasn't room for all requests at once: each frees pages for the next.
 MAX_WAVES = 32
 
@@ -57,7 +61,8 @@ class Switcher:
         self._directory = directory
         self._settings = settings
         self._rates = MoveRates()
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._fetching: asyncio.Task[None] | None = None
 
     def layout(self) -> Layout:
         """The present layout, as announced."""
@@ -88,11 +93,10 @@ class Switcher:
     ) -> dict[str, Any]:
         """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else.
 
-        With `last_resort`, begun requests that find no room are computed again.
+        With `last_resort`, begun requests that find no room are computed again. A caller that goes away (a client
+        whose request asked for the switch) doesn't end it.
         """
-        transaction, record = await self._switch(target, method, timeout_s, reason, last_resort)
-        if transaction.journey.unplaced:
-            self._later(self._fetch_paused(transaction.target))
+        _, record = await asyncio.shield(self._later(self._switch(target, method, timeout_s, reason, last_resort)))
         return record
 
     async def _switch(
@@ -119,6 +123,8 @@ class Switcher:
         self._rates = self._rates.learn(record)
         _tell(record, started_ns)
         self._collect_later(transaction)
+        if transaction.journey.unplaced and (self._fetching is None or self._fetching.done()):
+            self._fetching = self._later(self._fetch_paused())
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
             record["epoch"], record["from"], record["to"], reason, method, 1e3 * record["seconds"]["total"],
@@ -137,14 +143,15 @@ class Switcher:
         )
         seconds = await self._run(transaction, timeout_s)
         record = switch_record(transaction, seconds, reason)
-        if transaction.phase is not Phase.COMMITTED:
-            # The epoch is used up: an engine may have seen it.
+        if transaction.holds:
+            self._announce(state, transaction, record)
+            await self._hand_over(transaction)
+        else:  # the epoch is used up: an engine may have seen it
             self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
+        if transaction.phase is not Phase.COMMITTED:
             _tell(record, started_ns)
             logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
             raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
-        self._announce(state, transaction, record)
-        await self._hand_over(transaction)
         return transaction, record
 
     async def _run(self, transaction: SwitchTransaction, timeout_s: float) -> dict[str, float]:
@@ -152,18 +159,15 @@ class Switcher:
         deadline = started + timeout_s
         seconds = dict.fromkeys(PHASES, 0.0)
         pending = self._send(transaction.start())
-        undo_deadline: float | None = None
         entered, phase = started, transaction.phase
         while not transaction.is_over:
-            if undo_deadline is None and transaction.failure is not None:
-                undo_deadline = time.perf_counter() + UNDO_LIMIT_S
-            limit = deadline if undo_deadline is None else undo_deadline
+            limit = deadline if transaction.is_bounded else entered + FINISH_LIMIT_S
             done, _ = await asyncio.wait(
                 pending, timeout=max(0.0, limit - time.perf_counter()), return_when=asyncio.FIRST_COMPLETED
             )
             calls: list[Call] = []
             if not done:
-                calls = transaction.failed(None, _time_limit(timeout_s))
+                calls = transaction.failed(None, _time_limit(timeout_s if limit == deadline else FINISH_LIMIT_S))
             for task in done:
                 sent = pending.pop(task)
                 if sent[1] is not transaction.phase:
@@ -189,11 +193,11 @@ class Switcher:
         }
 
     def _announce(self, state: BoardState, transaction: SwitchTransaction, record: dict[str, Any]) -> None:
-        committed, known = transaction.committed, {group.engines: group.kv_tokens for group in state.groups}
-        groups = tuple(
-            BoardGroup(group, committed[group[0]]["kv_tokens"] if group[0] in committed else known[group])
-            for group in transaction.target.groups
-        )
+        kv_tokens = {group.engines: group.kv_tokens for group in state.groups} | transaction.journey.capacity
+        for group in transaction.target.groups:
+            if group[0] in transaction.committed:
+                kv_tokens[group] = transaction.committed[group[0]]["kv_tokens"]
+        groups = tuple(BoardGroup(group, kv_tokens[group]) for group in transaction.target.groups)
         self._board.publish(replace(state, epoch=transaction.epoch, groups=groups, last_switch=record))
 
     async def _hand_over(self, transaction: SwitchTransaction) -> None:
@@ -206,25 +210,29 @@ class Switcher:
         if parked:
             self._later(self._collect(parked, transaction.target))
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def _later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+        return task
 
-    async def _fetch_paused(self, layout: Layout) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled():
+            task.exception()  # is told to whoever waits; nobody may do so any more
+
+    async def _fetch_paused(self) -> None:
         """Requests that found no room move as soon as there is some, or are computed again after long enough.
 
-        A pause must not become for ever.
+        A pause must not become for ever, whatever the layout is by then.
         """
         waited = 0.0
-        for wait_s in FETCH_AFTER_S:
+        for wait_s in chain(FETCH_AFTER_S, repeat(FETCH_AFTER_S[-1])):
             await asyncio.sleep(wait_s)
             waited += wait_s
-            if self.layout() != layout:
-                return
             try:
                 last_resort = waited >= self._settings.paused_limit_s
-                transaction, _ = await self._switch(layout, "migrate", FETCH_LIMIT_S, FETCHING, last_resort)
+                transaction, _ = await self._switch(self.layout(), "migrate", FETCH_LIMIT_S, FETCHING, last_resort)
             except (SwitchPendingError, SwitchFailed) as error:
                 logger.debug("Paused requests could not be fetched now: %s", error)
                 continue

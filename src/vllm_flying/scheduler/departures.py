@@ -17,8 +17,19 @@ from vllm_flying.scheduler.handover import pack_begun
 
 
 def paused_widths(facade: FlyingScheduler) -> list[int]:
-    """Widths in which this engine keeps unfinished requests, the active one included."""
-    return [width for width, scheduler in facade.schedulers.items() if scheduler.requests]
+    """Widths in which this engine keeps unfinished requests, the active one included, or pages of a former group.
+
+    Requests that end while their layout is no more leave such pages behind.
+    """
+    return [
+        width
+        for width, scheduler in facade.schedulers.items()
+        if scheduler.requests or (width > 1 and _is_inactive(facade, width) and facade.pools[width].num_owned)
+    ]
+
+
+def _is_inactive(facade: FlyingScheduler, width: int) -> bool:
+    return facade.parked or width != facade.active_width
 
 
 def begun_requests(facade: FlyingScheduler, active_width: int | None) -> dict[int, list[Request]]:
@@ -117,7 +128,6 @@ def reclaim(facade: FlyingScheduler) -> dict[int, list[int]]:
     """Virtual pages of groups this engine led once that nobody holds any more: to go back to all members."""
     reclaimed = {}
     for width, pool in facade.pools.items():
-        inactive = facade.parked or width != facade.active_width
-        if width > 1 and inactive and pool.num_free:
+        if width > 1 and _is_inactive(facade, width) and pool.num_free:
             reclaimed[width] = pool.withdraw(pool.num_free).tolist()
     return reclaimed
