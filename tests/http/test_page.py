@@ -42,6 +42,8 @@ DECISIONS = [
      "verdict": "switch", "predicted_gain_s": 1.5, "outcome": "committed", "seconds": 0.0123},
     {"time": 1.7e9 + 60, "from": START, "to": [[0, 1, 2, 3]], "rule": "load", "reason": "it is <i>quiet</i>",
      "verdict": "within the cooldown of 5 s", "predicted_gain_s": 0.1, "outcome": None, "seconds": None},
+    {"time": 1.7e9 + 70, "from": [[0], [1], [2], [3]], "to": START, "rule": "load", "predicted_gain_s": 1.5, "realised": {
+        "gain_s": 0.5, "staying_s": 2.0, "measured_s": 1.5, "requests": 9, "window_s": 10.0, "unknown": None}},
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +18,27 @@ from vllm_flying.core.topology import Group, Layout
 # Seconds over which the rate is taken: a burst shows soon, since its unfinished requests count as well.
 MEMORY_S = 2.0
 COUNTERS = ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all engines have counted since start. `served` are requests that one group had from arrival to last token."""
+
+    requests_added: int = 0
+    requests_served: int = 0
+    seconds_served: float = 0.0
+    """Summed up: what each of them took."""
+    prompt_tokens_served: int = 0
+    output_tokens_served: int = 0
+
+    @classmethod
+    def of(cls, statuses: Sequence[Mapping[str, Any]]) -> Totals:
+        """Of the engines with these reports."""
+        return cls(**{counter.name: sum(status[counter.name] for status in statuses) for counter in fields(cls)})
+
+    def since(self, earlier: Totals) -> Totals:
+        """What was counted after `earlier`."""
+        return Totals(**{c.name: getattr(self, c.name) - getattr(earlier, c.name) for c in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -58,6 +79,7 @@ class Observation:
     """Local time of the server; None if the caller has none to give."""
     schedule: Schedule | None = None
     """The operator's, from the settings."""
+    totals: Totals = Totals()
 
     @property
     def unfinished(self) -> int:

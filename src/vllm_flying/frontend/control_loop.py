@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm_flying.controller.controller import Controller, Decision
 from vllm_flying.controller.observation import Observation, RateTracker
 from vllm_flying.controller.policies import policy_by_name
+from vllm_flying.controller.realised_gain import GainMeasurement
 from vllm_flying.frontend.audit import AuditLog
 from vllm_flying.frontend.board import SwitchPendingError, file_lock
 from vllm_flying.frontend.engines import EngineCalls
@@ -43,6 +44,7 @@ class ControlLoop:
         self._settings = settings
         self._rates = RateTracker()
         self._seen_epoch = 0
+        self._measurement: GainMeasurement | None = None
         self.controller = Controller(policy_by_name(settings.policy), settings.margin, settings.cooldown_s)
         self._audit = AuditLog(
             directory / DECISIONS_FILE, Path(settings.audit_log) if settings.audit_log is not None else None
@@ -86,6 +88,8 @@ class ControlLoop:
             wall_clock=datetime.now().astimezone(),
             schedule=self._settings.schedule,
         )
+        if self._measurement is not None and self._measurement.look(seen):
+            self._conclude_measurement()
         decision = self.controller.decide(seen)
         if decision.plan is None or not decision.act or self._settings.dry_run:
             if self._audit.note(decision, layout.to_lists()) and decision.plan is not None:
@@ -110,6 +114,8 @@ class ControlLoop:
             )
             self.controller.switched(time.monotonic(), record["seconds"]["total"])
             metrics().decided(plan.rule, True, plan.gain_s)
+            self._conclude_measurement()
+            self._measurement = GainMeasurement(plan, seen) if plan.gain_s > 0 else None
         except SwitchFailed as failed:
             record = failed.record
             self.controller.switched(time.monotonic(), self._settings.switch_timeout_s)
@@ -117,3 +123,11 @@ class ControlLoop:
         finally:
             if record is not None:
                 self._audit.note(decision, seen.layout.to_lists(), record)
+
+    def _conclude_measurement(self) -> None:
+        """Say what the last switch gained, as far as it was followed."""
+        measurement, self._measurement = self._measurement, None
+        if measurement is not None:
+            gain = measurement.result()
+            metrics().realised(measurement.plan.rule, gain.gain_s)
+            self._audit.realised(measurement.plan, measurement.decided_on.layout.to_lists(), gain)

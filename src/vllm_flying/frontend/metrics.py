@@ -41,6 +41,11 @@ DEFINITIONS = {
                             ("rule", "done")),
     "predicted": Definition("counter", "predicted_gain_seconds", "Seconds that carried-out plans were to save.",
                             ("rule",)),
+    "saved": Definition("counter", "realised_gain_seconds", "Seconds that a usual request was found to take less after "
+                        "carried-out plans.", ("rule",)),
+    "lost": Definition("counter", "realised_loss_seconds", "Seconds that it was found to take more.", ("rule",)),
+    "measured": Definition("counter", "gain_measurements", "Carried-out plans with a predicted gain, by whether what they "
+                           "really gained is known.", ("rule", "known")),
 }  # fmt: skip
 
 
@@ -89,6 +94,13 @@ class Metrics:
         self._collectors["decisions"].labels(rule, str(done).lower()).inc()
         if done:
             self._collectors["predicted"].labels(rule).inc(max(0.0, gain_s))
+
+    def realised(self, rule: str, gain_s: float | None) -> None:
+        """A plan's gain was measured; None if it stays unknown. Counters only rise: losses have their own."""
+        self._collectors["measured"].labels(rule, str(gain_s is not None).lower()).inc()
+        if gain_s is not None:
+            self._collectors["saved"].labels(rule).inc(max(0.0, gain_s))
+            self._collectors["lost"].labels(rule).inc(max(0.0, -gain_s))
 
 
 @cache

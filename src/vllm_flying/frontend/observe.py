@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from vllm_flying.controller.cost_model import estimates
-from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
+from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker, Totals
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Layout
 
@@ -57,6 +57,7 @@ def observe(
         mean_output_tokens=rates.mean_output_tokens,
         wall_clock=wall_clock,
         schedule=schedule,
+        totals=Totals.of(statuses),
     )
 
 

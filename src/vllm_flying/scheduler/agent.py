@@ -354,6 +354,7 @@ class EngineAgent:
         """
         self._check_prepared(epoch)
         self.epoch = epoch
+        self.facade.meter.group_changed()
         self._confirm_prefixes(intact)
         self._take_reclaimed(returned or {})
         lent = self._lend(extend) if extend else None

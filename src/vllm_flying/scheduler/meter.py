@@ -31,6 +31,11 @@ class EngineMeter:
         self.prompt_tokens_added = 0
         self.requests_finished = 0
         self.output_tokens_finished = 0
+        self.requests_served = 0
+        self.seconds_served = 0.0
+        self.prompt_tokens_served = 0
+        self.output_tokens_served = 0
+        self._group_since = 0.0
         self._begun: dict[int, _Step] = {}
         self._last_end = 0.0
 
@@ -38,6 +43,10 @@ class EngineMeter:
         """A request came to this engine from a client."""
         self.requests_added += 1
         self.prompt_tokens_added += request.num_prompt_tokens
+
+    def group_changed(self) -> None:
+        """The engine is in another group from now on: what came before isn't served by one group."""
+        self._group_since = time.time()
 
     def step_begins(self, scheduler_output: Any, requests: Mapping[str, Any]) -> None:
         """A step was scheduled; `requests` are the scheduler's."""
@@ -60,6 +69,14 @@ class EngineMeter:
             if request.is_finished():
                 self.requests_finished += 1
                 self.output_tokens_finished += request.num_output_tokens
+                if request.arrival_time >= self._group_since:
+                    self._served(request)
+
+    def _served(self, request: Any) -> None:
+        self.requests_served += 1
+        self.seconds_served += time.time() - request.arrival_time
+        self.prompt_tokens_served += request.num_prompt_tokens
+        self.output_tokens_served += request.num_output_tokens
 
     def report(self) -> dict[str, Any]:
         """For the engine's status."""
@@ -68,5 +85,9 @@ class EngineMeter:
             "prompt_tokens_added": self.prompt_tokens_added,
             "requests_finished": self.requests_finished,
             "output_tokens_finished": self.output_tokens_finished,
+            "requests_served": self.requests_served,
+            "seconds_served": self.seconds_served,
+            "prompt_tokens_served": self.prompt_tokens_served,
+            "output_tokens_served": self.output_tokens_served,
             "costs": {str(width): cost.report() for width, cost in self.costs.items() if cost.known},
         }

@@ -91,7 +91,7 @@ class Settings:
     """The controller logs what it would do and does nothing."""
 
     audit_log: str | None = None
-    """File to which decisions are appended, one JSON object per line; `vllm-flying explain` reads it."""
+    """File to which decisions, and what they gained, are appended, one JSON object per line; `vllm-flying explain` reads it."""
 
     staging_bytes: int = 64 * 2**20
     """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way."""

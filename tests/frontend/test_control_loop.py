@@ -1,0 +1,96 @@
+"""The control loop follows its own switches and says what they gained."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_flying.controller.response import HORIZON_S
+from vllm_flying.core.topology import Layout
+from vllm_flying.frontend import control_loop as module
+from vllm_flying.frontend.audit import read_decisions, sentence
+from vllm_flying.frontend.control_loop import DECISIONS_FILE, ControlLoop
+from vllm_flying.settings import Settings
+
+APART, MERGED = Layout.separate(2), Layout.of([[0, 1]], 2)
+
+
+class Recorded:
+    """Engines and a switcher from a record: a lone request is quicker in the merged layout."""
+
+    def __init__(self) -> None:
+        self.present = APART
+        self.counted = {"requests_added": 0, "requests_served": 0, "seconds_served": 0.0,
+                        "prompt_tokens_served": 0, "output_tokens_served": 0}  # fmt: skip
+
+    def serve(self, requests: int, seconds_each: float) -> None:
+        for name, more in zip(self.counted, (1, 1, seconds_each, 128, 64), strict=True):
+            self.counted[name] += requests * more
+
+    def _status(self, engine: int) -> dict[str, Any]:
+        return {
+            "engine": engine, "state": "serving", "running": 0, "waiting": 0, "paused": 0, "prompt_tokens_queued": 0,
+            "kv_tokens_capacity": 1000, "kv_tokens_used": 0, "largest_request": 0, "wanted_width": 1,
+            "kv_tokens_per_engine": 1000, "max_running": 64, "prompt_tokens_added": 0, "requests_finished": 0,
+            "output_tokens_finished": 0, **{name: value if engine == 0 else 0 for name, value in self.counted.items()},
+            "costs": {"1": [0.020, 0.0004, 0.0004, 100, 0.020], "2": [0.012, 0.0003, 0.0006, 100, 0.012]},
+        }  # fmt: skip
+
+    async def call_all(self, operation: str) -> list[dict[str, Any]]:
+        assert operation == "status"
+        return [self._status(engine) for engine in range(2)]
+
+    def layout(self) -> Layout:
+        return self.present
+
+    def last_switch(self) -> None:
+        return None
+
+    async def switch(self, target: Layout, *_: Any) -> dict[str, Any]:
+        self.present = target
+        return {"outcome": "committed", "seconds": {"total": 0.01}}
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    times = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: times[0]))
+    return times
+
+
+def looks(loop: ControlLoop) -> None:
+    asyncio.run(loop._look())
+
+
+def test_a_switch_is_followed_by_what_it_gained(now: list[float], tmp_path: Path) -> None:
+    server = Recorded()
+    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2))  # type: ignore[arg-type]
+    looks(loop)
+    assert server.present == MERGED
+    now[0] += 0.25
+    looks(loop)
+    server.serve(4, 0.9)
+    now[0] += HORIZON_S
+    looks(loop)
+    looks(loop)
+    decided, realised = read_decisions(tmp_path / DECISIONS_FILE)
+    assert decided["outcome"] == "committed" and realised["predicted_gain_s"] == decided["predicted_gain_s"] > 0
+    found = realised["realised"]
+    assert found["measured_s"] == pytest.approx(0.9) and found["requests"] == 4
+    assert found["gain_s"] == pytest.approx(found["staying_s"] - 0.9) and found["gain_s"] > 0
+    assert "requests took 0.900 s (mean of 4)" in sentence(realised)
+
+
+def test_an_operator_who_switches_back_ends_the_measurement(now: list[float], tmp_path: Path) -> None:
+    server = Recorded()
+    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2))  # type: ignore[arg-type]
+    looks(loop)
+    server.present = APART
+    now[0] += 0.25
+    looks(loop)
+    entries = list(read_decisions(tmp_path / DECISIONS_FILE))
+    assert entries[1]["realised"]["gain_s"] is None and "unknown" in sentence(entries[1])

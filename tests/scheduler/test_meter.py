@@ -1,0 +1,61 @@
+"""An engine counts how long requests took that one group had from arrival to last token, and no others."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_flying.scheduler import meter as module
+from vllm_flying.scheduler import registry
+from vllm_flying.scheduler.agent import EngineAgent
+from vllm_flying.scheduler.meter import EngineMeter
+from vllm_flying.settings import Settings
+
+
+def request(arrival_time: float, finished: bool = True) -> Any:
+    return SimpleNamespace(
+        arrival_time=arrival_time, num_prompt_tokens=10, num_output_tokens=3, is_finished=lambda: finished
+    )  # fmt: skip
+
+
+def step(meter: EngineMeter, *requests: Any) -> None:
+    scheduled = {str(index): 1 for index in range(len(requests))}
+    output = SimpleNamespace(num_scheduled_tokens=scheduled, total_num_scheduled_tokens=len(requests))
+    meter.step_begins(output, dict(zip(scheduled, requests)))
+    meter.step_ends(output, 1)
+
+
+def test_requests_of_one_group_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now[0], perf_counter=lambda: now[0]))
+    meter = EngineMeter([1, 2])
+    step(meter, request(998.0), request(999.0, finished=False))
+    report = meter.report()
+    assert (report["requests_served"], report["seconds_served"]) == (1, 2.0)
+    assert (report["prompt_tokens_served"], report["output_tokens_served"]) == (10, 3)
+    meter.group_changed()
+    now[0] = 1004.0
+    step(meter, request(999.0), request(1001.0))
+    report = meter.report()
+    assert report["requests_finished"] == 3
+    assert (report["requests_served"], report["seconds_served"]) == (2, 5.0), "one began in another group"
+
+
+def test_a_commit_begins_another_group() -> None:
+    meter = EngineMeter([1])
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0))
+    pool = SimpleNamespace(num_owned=4)
+    facade = SimpleNamespace(
+        meter=meter, pools={1: pool}, schedulers={1: SimpleNamespace(block_size=16)}, active=None, parked=False,
+        active_width=1, take_held=list,
+    )  # fmt: skip
+    agent = EngineAgent(config, Settings(num_engines=2), call_workers=lambda *_: pytest.fail("nothing moved"))
+    registry.register(config, facade)
+    agent._preparing = 7
+    before = time.time()
+    agent.commit(7, recipients=[])
+    step(meter, request(before - 1.0), request(time.time()))
+    assert (meter.requests_finished, meter.requests_served) == (2, 1)
