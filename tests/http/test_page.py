@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import threading
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
+from tests.support.application import serving
 from tests.support.browser import Page, installed_browser, open_page
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.audit import sentence
@@ -60,7 +58,7 @@ class Recorded:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.settings = SimpleNamespace(switch_method="auto", switch_timeout_s=5.0)
+        self.settings = SimpleNamespace(policy="auto", switch_method="auto", switch_timeout_s=5.0)
         self.engines = self.switcher = self
         self.groups = START
         self.last = record([[0], [1], [2], [3]], START, 7)
@@ -95,22 +93,6 @@ class Recorded:
         self.last = record(self.groups, target.to_lists(), self.last["epoch"] + 1)
         self.groups = target.to_lists()
         return self.last
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """`app` on a free port, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`vllm-flying doctor`: is this machine, this vLLM and this model fit for switching? A report to paste.
 
-Imports vllm when it runs, to read the model's config as vLLM does.
+Imports vllm when it runs, to read the model's config as vLLM does. With `--url` it asks a running server what steps
+cost there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
+from vllm_flying.cli.client import add_server_options, call, refusal
+from vllm_flying.cli.step_costs import describe_step_costs, why_no_step_costs
 from vllm_flying.core.tiles import check_divides
 from vllm_flying.core.topology import available_widths
 
@@ -25,19 +28,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", nargs="?", help="checkpoint directory or model name")
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=2, help="engines (default 2)")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="workers per engine (default 1)")
+    add_server_options(parser, url=None)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 if something would keep the server from starting."""
+    """Print the report; 1 if something would keep the server from starting, or the one at --url doesn't answer."""
     findings = [*_versions(), *_plugins(), *_seams(), *_binding(arguments)]
     if arguments.model:
         findings += _model(arguments)
+    if arguments.url:
+        findings += _running_server(arguments)
     print("vllm-flying doctor")
     for mark, text in findings:
         print(f"  [{mark}] {text}")
     bad = sum(mark == BAD for mark, _ in findings)
-    print(f"{bad} problem(s) that keep the server from starting." if bad else "Nothing keeps the server from starting.")
+    print(f"{bad} problem(s), marked {BAD.strip()}." if bad else "Nothing keeps the server from starting.")
     return 1 if bad else 0
 
 
@@ -126,3 +132,12 @@ def _model(arguments: argparse.Namespace) -> Iterator[Finding]:
         per_token = 2 * kv_heads // degree * config.get_head_size() * config.dtype.itemsize
         layers = config.get_total_num_hidden_layers()
         yield OK, f"groups of {width}: TP {degree}, {per_token * layers} KV bytes per token and worker, weights shared"
+
+
+def _running_server(arguments: argparse.Namespace) -> Iterator[Finding]:
+    code, status = call(arguments, "GET", "status")
+    if code != 200:
+        yield BAD, f"server: {refusal(code, status)}"
+        return
+    costs = [(OK, line) for line in describe_step_costs(status)]
+    yield from costs or [(WARN, why_no_step_costs(status))]

@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from vllm_flying.cli.client import add_server_options, call, refusal
 from vllm_flying.frontend.audit import read_decisions, sentence
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def add_parsers(commands: Any) -> None:
     """Add both commands."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", default=DEFAULT_URL, help=f"address of the server (default {DEFAULT_URL})")
-    common.add_argument(
-        "--api-key", default=os.environ.get("VLLM_API_KEY"), help="the server's API key (default: VLLM_API_KEY)"
-    )
+    add_server_options(common)
     common.add_argument("--json", action="store_true", help="print the server's answer as it came")
     status = commands.add_parser("status", parents=[common], help="show engines, groups and the last switch")
     status.set_defaults(run=_status)
@@ -49,7 +42,7 @@ def _explain(arguments: argparse.Namespace) -> int:
             return 2
         sentences = [sentence(entry) for entry in read_decisions(path)]
     else:
-        code, answer = _call(arguments, "GET", "decisions")
+        code, answer = call(arguments, "GET", "decisions")
         if code != 200 or arguments.json:
             return _print_answer(code, answer)
         sentences = answer["sentences"]
@@ -58,7 +51,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    code, answer = _call(arguments, "GET", "status")
+    code, answer = call(arguments, "GET", "status")
     if code != 200 or arguments.json:
         return _print_answer(code, answer)
     states = {engine["engine"]: engine["state"] for engine in answer["engines"]}
@@ -84,7 +77,7 @@ def _switch(arguments: argparse.Namespace) -> int:
             print(f"--groups {' '.join(arguments.groups)}: engines are numbers, such as 0,1 2 3", file=sys.stderr)
             return 2
     else:
-        code, answer = _call(arguments, "GET", "status")
+        code, answer = call(arguments, "GET", "status")
         if code != 200:
             return _print_answer(code, answer)
         engines, width = len(answer["engines"]), max(arguments.width, 1)
@@ -94,7 +87,7 @@ def _switch(arguments: argparse.Namespace) -> int:
         body["method"] = arguments.method
     if arguments.timeout:
         body["timeout_s"] = arguments.timeout
-    code, answer = _call(arguments, "POST", "switch", body)
+    code, answer = call(arguments, "POST", "switch", body)
     if code != 200 or arguments.json:
         return _print_answer(code, answer)
     print(_sentence(answer))
@@ -113,31 +106,9 @@ def _sentence(record: dict[str, Any]) -> str:
     return f"{text}: {record['error']}" if record["error"] else text
 
 
-def _call(arguments: argparse.Namespace, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    url = f"{arguments.url.rstrip('/')}/plugins/flying/{path}"
-    request = urllib.request.Request(url, method=method)
-    if arguments.api_key:
-        request.add_header("Authorization", f"Bearer {arguments.api_key}")
-    if body is not None:
-        request.add_header("Content-Type", "application/json")
-        request.data = json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        try:
-            return error.code, json.loads(text)
-        except ValueError:
-            return error.code, text
-    except urllib.error.URLError as error:
-        return 0, f"no server answers at {url}: {error.reason}; is it up, and is --url right?"
-
-
 def _print_answer(code: int, answer: Any) -> int:
-    text = answer if isinstance(answer, str) else json.dumps(answer, indent=2)
     if code == 200:
-        print(text)
+        print(answer if isinstance(answer, str) else json.dumps(answer, indent=2))
         return 0
-    print(f"{'HTTP ' + str(code) + ': ' if code else ''}{text}", file=sys.stderr)
+    print(refusal(code, answer), file=sys.stderr)
     return 1

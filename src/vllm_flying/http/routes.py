@@ -6,6 +6,7 @@ it asks for the key and calls the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,17 @@ async def _status(flying: Any) -> dict[str, Any]:
         )
     return {
         "epoch": state.epoch,
-        "engines": [{name: s[name] for name in ENGINE_FIELDS} for s in statuses],
+        "policy": flying.settings.policy,
+        "engines": [{**{name: s[name] for name in ENGINE_FIELDS}, "step_costs": _engine_costs(s)} for s in statuses],
         "groups": groups,
         "step_costs": {str(width): dict(zip(COSTS, cost, strict=True)) for width, cost in step_costs(statuses).items()},
         "last_switch": state.last_switch,
+    }
+
+
+def _engine_costs(status: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By width what this engine has learned, from how many `steps` of its own, and the (tokens, seconds) of its probe."""
+    return {
+        width: {**dict(zip(COSTS, report)), "steps": report[3], "probe": status["probes"].get(width, [])}
+        for width, report in status["costs"].items()
     }

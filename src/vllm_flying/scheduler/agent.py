@@ -138,6 +138,7 @@ class EngineAgent:
             "kv_tokens_per_engine": (facade.kv_cache_config.num_blocks - 1) * self._page_tokens(1),
             **unfinished_needs(facade),
             **facade.meter.report(),
+            "probes": self._probes_by_name(),
         }
 
     def probe(self) -> dict[str, list[list[float]]]:
@@ -146,7 +147,10 @@ class EngineAgent:
             self._probes = self._call_workers("flying_probes")[0]
             for width, probes in self._probes.items():
                 self.facade.meter.costs[width].seed(probes)
-        return {str(width): [list(probe) for probe in probes] for width, probes in self._probes.items()}
+        return self._probes_by_name()
+
+    def _probes_by_name(self) -> dict[str, list[list[float]]]:
+        return {str(width): [list(probe) for probe in probes] for width, probes in (self._probes or {}).items()}
 
     def _state(self) -> str:
         if self._preparing is not None:

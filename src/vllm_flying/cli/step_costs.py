@@ -1,0 +1,53 @@
+"""What steps cost on a running server, engine by engine and width by width, as lines for `vllm-flying doctor`.
+
+Pure: works on the answer of the status route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def describe_step_costs(status: Mapping[str, Any]) -> Iterator[str]:
+    """A line per engine and width; nothing if no engine knows any costs."""
+    for engine in status["engines"]:
+        for width, cost in sorted(engine["step_costs"].items(), key=lambda item: int(item[0])):
+            yield f"engine {engine['engine']}, width {width}: {_cost(cost)}"
+            if cost["probe"]:
+                passes = ", ".join(f"{_count(tokens, 'token')} {_ms(seconds)}" for tokens, seconds in cost["probe"])
+                yield f"engine {engine['engine']}, width {width}: the probe at start ran forward passes of {passes}"
+
+
+def why_no_step_costs(status: Mapping[str, Any]) -> str:
+    """What keeps the engines from knowing any, and what to do."""
+    if status["policy"] == "manual":
+        return (
+            "no step costs: with the policy `manual` the server neither probes nor measures; start it with "
+            """--additional-config '{"flying": {"policy": "auto"}}' (and "dry_run": true to switch nothing)"""
+        )
+    return (
+        f"no step costs yet: the controller (policy `{status['policy']}`) collects the probes once it runs; ask again in "
+        "some seconds"
+    )
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    # One request decodes in a step: the step itself and its share.
+    step = _ms(cost["step_s"] + cost["decode_s"])
+    source = f"learned from {_count(cost['steps'], 'step')}" if cost["steps"] else "probed only, no step was run yet"
+    return (
+        f"a step with 1 request {step}, each further one {_ms(cost['decode_s'])}, a prompt token "
+        f"{_ms(cost['prompt_token_s'])} ({source})"
+    )
+
+
+def _count(number: float, name: str) -> str:
+    return f"{int(number)} {name}{'' if number == 1 else 's'}"
+
+
+def _ms(seconds: float) -> str:
+    value = 1e3 * seconds
+    if value < 0.001:  # lost in the noise of the fit
+        return "under 0.001 ms"
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"

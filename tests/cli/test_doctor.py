@@ -1,0 +1,112 @@
+"""`doctor --url` says what steps cost on a running server, or why that isn't known. Real routes, recorded engines."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from tests.support.application import serving
+from vllm_flying.cli import doctor
+from vllm_flying.cli.main import run
+from vllm_flying.controller.cost_model import StepCost
+from vllm_flying.frontend.board import BoardGroup, BoardState
+from vllm_flying.http.routes import build_router
+
+KEY = "a secret"
+PROBES = {1: [(1, 0.0204), (32, 0.0328), (128, 0.0712)], 2: [(1, 0.0123), (32, 0.0216), (128, 0.0504)]}
+
+
+class Recorded:
+    """Two engines apart: both have probed, the first has run 40 steps by itself."""
+
+    def __init__(self, policy: str, probed: bool) -> None:
+        self.settings, self.engines = SimpleNamespace(policy=policy), self
+        self._costs = [{width: StepCost() for width in PROBES} for _ in range(2)] if probed else [{}, {}]
+        for costs in self._costs:
+            for width, cost in costs.items():
+                cost.seed(PROBES[width])
+        for index in range(40 if probed else 0):
+            prompt_tokens, decodes = 64 * (index % 2), index % 5
+            self._costs[0][1].learn(prompt_tokens, decodes, 0.02 + 0.0004 * (prompt_tokens + decodes))
+
+    async def ready(self) -> BoardState:
+        return BoardState(1, 1, (BoardGroup((0,), 1000), BoardGroup((1,), 1000)), None)
+
+    async def call_all(self, operation: str) -> list[dict[str, Any]]:
+        assert operation == "status"
+        return [
+            {
+                "engine": engine, "state": "serving", "group": [engine], "pages": {}, "scheduled_tokens": 0, "running": 0,
+                "waiting": 0, "paused": 0, "kv_tokens_capacity": 1000, "kv_tokens_used": 0,
+                "costs": {str(width): cost.report() for width, cost in costs.items()},
+                "probes": {str(width): PROBES[width] for width in costs},
+            }
+            for engine, costs in enumerate(self._costs)
+        ]  # fmt: skip
+
+
+@contextmanager
+def server(policy: str, probed: bool) -> Iterator[str]:
+    app = FastAPI()
+    app.state.args, app.state.flying_router = Namespace(api_key=[KEY]), Recorded(policy, probed)
+    app.include_router(build_router(app))
+    with serving(app) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report on this machine is left out."""
+    for part in ("_versions", "_plugins", "_seams"):
+        monkeypatch.setattr(doctor, part, list)
+    monkeypatch.setattr(doctor, "_binding", lambda arguments: [])
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> list[str]:
+    assert run(["doctor", *arguments]) == status
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_costs_are_printed_for_every_engine_and_width(capsys: pytest.CaptureFixture[str]) -> None:
+    with server("auto", probed=True) as url:
+        lines = report(capsys, "--url", url)
+    about = [line for line in lines if line.startswith("[ok  ] engine ")]
+    assert len(about) == 8 and lines[-1] == "Nothing keeps the server from starting."
+    assert about[0] == (
+        "[ok  ] engine 0, width 1: a step with 1 request 20.5 ms, each further one 0.399 ms, a prompt token 0.397 ms "
+        "(learned from 40 steps)"
+    )
+    assert about[1] == (
+        "[ok  ] engine 0, width 1: the probe at start ran forward passes of 1 token 20.4 ms, 32 tokens 32.8 ms, "
+        "128 tokens 71.2 ms"
+    )
+    assert about[6].startswith("[ok  ] engine 1, width 2: a step with 1 request 12.8 ms")
+    assert about[6].endswith("a prompt token 0.289 ms (probed only, no step was run yet)")
+
+
+@pytest.mark.parametrize(("policy", "says"), [
+    ("manual", """start it with --additional-config '{"flying": {"policy": "auto"}}'"""), ("auto", "ask again"),
+])  # fmt: skip
+def test_a_server_that_knows_none_says_why(capsys: pytest.CaptureFixture[str], policy: str, says: str) -> None:
+    with server(policy, probed=False) as url:
+        (line,) = report(capsys, "--url", url)[1:-1]
+    assert line.startswith("[warn] no step costs") and f"policy `{policy}`" in line and says in line
+
+
+def test_the_key_is_asked_for_and_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with server("auto", probed=True) as url:
+        lines = report(capsys, "--url", url, "--api-key", "another", status=1)
+    assert lines[1].startswith("[BAD ] server: HTTP 401") and lines[-1] == "1 problem(s), marked BAD."
+    lines = report(capsys, "--url", "http://127.0.0.1:9", status=1)
+    assert "no server answers at http://127.0.0.1:9" in lines[1]
+
+
+def test_without_a_url_no_server_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(capsys) == ["vllm-flying doctor", "Nothing keeps the server from starting."]
