@@ -1,13 +1,11 @@
-"""A streaming client that measures what a user sees."""
+"""A streaming client for what `vllm bench serve` doesn't do: loads that end when told to, requests with a priority."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import time
 from dataclasses import dataclass, field
-from statistics import mean, median
 from typing import Any
 
 import httpx
@@ -53,24 +51,3 @@ async def complete(
 def prompts(count: int, length: int, seed: int, vocabulary: int = 32000) -> list[list[int]]:
     source = random.Random(seed)
     return [[source.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
-
-
-def run_load(url: str, model: str, count: int, length: int, max_tokens: int, seed: int) -> dict[str, Any]:
-    """`count` requests at once; output tokens per second and the medians of TTFT and TPOT in seconds."""
-
-    async def everything() -> tuple[float, list[Timing]]:
-        limits = httpx.Limits(max_connections=count + 1)
-        async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
-            started = time.perf_counter()
-            timings = await asyncio.gather(
-                *[complete(client, model, prompt, max_tokens) for prompt in prompts(count, length, seed)]
-            )
-            return time.perf_counter() - started, list(timings)
-
-    seconds, timings = asyncio.run(everything())
-    return {
-        "tokens_per_s": sum(len(timing.tokens) for timing in timings) / seconds,
-        "ttft_s": median(timing.ttft for timing in timings),
-        "mean_ttft_s": mean(timing.ttft for timing in timings),
-        "tpot_s": median(timing.tpot for timing in timings),
-    }

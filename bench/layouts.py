@@ -1,38 +1,60 @@
 """`python -m bench.layouts`: stock DP and TP against the same layouts of one flying server.
 
-Servers take turns and every shape is repeated; what counts are ratios within the run, not absolute times.
+Servers take turns and every shape is repeated, with the same prompts for stock and flying; what counts are ratios within
+the run, not absolute times. The load is that of `vllm bench serve`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import zlib
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from bench.client import run_load
-from bench.models import llama_150m
+from bench.models import llama
 from bench.report import markdown, write
 from bench.server import bench_server
+from bench.stock_client import closed_loop
 from tests.support.server import Server
 
-# name -> (requests at once, prompt tokens, output tokens)
-SHAPES = {
-    "lone 512/32": (1, 512, 32),
-    "96 of 64/48": (96, 64, 48),
-    "24 of 512/8": (24, 512, 8),
-    "32 of 128/64": (32, 128, 64),
+
+@dataclass(frozen=True)
+class Shape:
+    """A closed loop: so many requests with at most `concurrency` in flight, and their lengths in tokens."""
+
+    concurrency: int
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.concurrency}, {self.prompt_tokens} / {self.output_tokens}"
+
+
+SHAPES = (Shape(1, 2, 512, 32), Shape(48, 96, 64, 48), Shape(12, 24, 512, 8), Shape(16, 32, 128, 64))
+# What the client calls a quantity, and what the table does.
+QUANTITIES = {
+    "output_throughput": "tokens/s",
+    "median_ttft_ms": "TTFT ms",
+    "median_tpot_ms": "TPOT ms",
+    "median_itl_ms": "ITL ms",
+    "p99_itl_ms": "P99 ITL ms",
 }
 LAYOUTS = {"DP": [[0], [1]], "TP": [[0, 1]]}
 Samples = dict[tuple[str, str, str], list[dict[str, Any]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="turns of every server")
     parser.add_argument("--repeats", type=int, default=3, help="runs of every shape per turn")
     parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype for all servers")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
     arguments = parser.parse_args()
-    model, dtype = llama_150m(), ("--dtype", arguments.dtype)
+    model, dtype = llama(arguments.layers, arguments.hidden), ("--dtype", arguments.dtype)
     samples: Samples = {}
     starts: dict[str, list[float]] = {}
     for turn in range(arguments.rounds):
@@ -49,7 +71,8 @@ def main() -> None:
                 shapes(samples, "flying", layout, server, arguments.repeats, turn)
     rows = [row(samples, layout, shape) for layout in LAYOUTS for shape in SHAPES]
     start = {name: median(values) for name, values in starts.items()}
-    table = markdown(["layout", "shape", "tokens/s", "ratio", "TTFT ms", "ratio", "TPOT ms", "ratio"], rows)
+    columns = [column for name in QUANTITIES.values() for column in (name, "ratio")]
+    table = markdown(["layout", "in flight, prompt / output", *columns], rows)
     table += f"\n\nStart-up: stock DP {start['stock DP']:.1f} s, flying {start['flying']:.1f} s, "
     table += f"ratio {start['flying'] / start['stock DP']:.2f}. Figures: flying (stock)."
     named = {" / ".join(key): values for key, values in samples.items()}
@@ -57,22 +80,30 @@ def main() -> None:
 
 
 def shapes(samples: Samples, who: str, layout: str, server: Server, repeats: int, turn: int) -> None:
-    for shape, (count, length, output) in SHAPES.items():
-        run_load(server.url, server.model, min(count, 4), length, 4, seed=999)
+    for shape in SHAPES:
+        warm_up = Shape(4, 4, shape.prompt_tokens, 4)
+        run(server, warm_up, f"{turn} {layout} {shape} warm-up")
         for repeat in range(repeats):
-            seed = 10_000 * turn + 100 * repeat + hash((who, layout)) % 97
-            result = run_load(server.url, server.model, count, length, output, seed)
-            samples.setdefault((who, layout, shape), []).append(result)
-            print(f"  {who} {layout} {shape}: {result['tokens_per_s']:.1f} tokens/s", flush=True)
+            result = run(server, shape, f"{turn} {layout} {shape} {repeat}")
+            samples.setdefault((who, layout, str(shape)), []).append(result)
+            print(f"  {who} {layout} {shape}: {result['output_throughput']:.1f} tokens/s", flush=True)
 
 
-def row(samples: Samples, layout: str, shape: str) -> list[str]:
-    cells = [layout, shape]
-    for quantity, scale in (("tokens_per_s", 1.0), ("ttft_s", 1e3), ("tpot_s", 1e3)):
-        ours, stock = (
-            scale * median(sample[quantity] for sample in samples[who, layout, shape]) for who in ("flying", "stock")
+def run(server: Server, shape: Shape, prompts: str) -> dict[str, Any]:
+    """The client's figures. Runs differ in `prompts`, as engines keep the prefixes of earlier ones."""
+    seed = zlib.crc32(prompts.encode())
+    lengths = shape.prompt_tokens, shape.output_tokens
+    result = asyncio.run(closed_loop(server, shape.concurrency, shape.requests, *lengths, seed))
+    return {name: value for name, value in result.items() if not isinstance(value, list)}
+
+
+def row(samples: Samples, layout: str, shape: Shape) -> list[str]:
+    cells = [layout, str(shape)]
+    for quantity in QUANTITIES:
+        flying, stock = (
+            median(sample[quantity] for sample in samples[who, layout, str(shape)]) for who in ("flying", "stock")
         )
-        cells += [f"{ours:.1f} ({stock:.1f})", f"{ours / stock:.2f}"]
+        cells += [f"{flying:.1f} ({stock:.1f})", f"{flying / stock:.2f}"]
     return cells
 
 

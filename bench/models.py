@@ -1,10 +1,12 @@
-"""Models for benchmarks, made on the spot."""
+"""Models for benchmarks with their tokenizers, made on the spot; files are written in the cache folder only."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 CACHE = Path.home() / ".cache" / "vllm-flying-bench"
+VOCABULARY = 32000
 
 
 def llama_150m() -> Path:
@@ -15,16 +17,35 @@ def llama_150m() -> Path:
 def llama(layers: int, hidden: int) -> Path:
     """A random Llama in bfloat16 with heads of 64."""
     target = CACHE / f"llama-{layers}x{hidden}"
-    if (target / "config.json").is_file():
-        return target
+    if not (target / "config.json").is_file():
+        print(f"Making {target} ...", flush=True)
+        _write_model(target, layers, hidden)
+    if not (target / "tokenizer_config.json").is_file():
+        _write_tokenizer(target)
+    return target
+
+
+def _write_model(target: Path, layers: int, hidden: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    print(f"Making {target} ...", flush=True)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
-    return target
+
+
+def _write_tokenizer(target: Path) -> None:
+    """A word per token: text made of random tokens has as many tokens again, so that prompts keep their lengths."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    specials = ["<unk>", "<s>", "</s>"]
+    words = [*specials, *(f"w{token}" for token in range(len(specials), VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(target / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))

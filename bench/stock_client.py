@@ -1,0 +1,72 @@
+"""vLLM's own load client, `vllm bench serve`, run inside this process: its imports take longer than many a run.
+
+Touches the server over HTTP only and keeps what the client prints to itself: figures come from its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.benchmarks.serve import add_cli_args, main_async
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tests.support.server import Server
+
+OPTIONS = (
+    *("--temperature", "0"),  # otherwise sampled, as the server's defaults say
+    # Servers close idle connections after five seconds, and a request sent at that moment fails.
+    *("--header", "Connection=close"),
+    *("--metric-percentiles", "50,90,99"),
+    "--disable-tqdm",
+    "--save-detailed",  # every request's times in the result; no file is written
+)
+
+
+@dataclass(frozen=True)
+class ServedRequest:
+    """What the client saw of a request, in seconds; `itls` are the gaps between chunks of one token or more."""
+
+    start: float
+    ttft: float
+    itls: list[float]
+    output_tokens: int
+
+    @property
+    def end(self) -> float:
+        return self.start + self.ttft + sum(self.itls)
+
+    @property
+    def tpot(self) -> float:
+        return sum(self.itls) / max(1, self.output_tokens - 1)
+
+
+async def bench_serve(server: Server, *options: str) -> dict[str, Any]:
+    """The client's result with `options` of `vllm bench serve`. Raises RuntimeError if a request failed."""
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    arguments = parser.parse_args(["--base-url", server.url, "--model", server.model, *OPTIONS, *options])
+    with contextlib.redirect_stdout(io.StringIO()):
+        result: dict[str, Any] = await main_async(arguments)
+    if result["failed"]:
+        error = next(error for error in result["errors"] if error)
+        raise RuntimeError(f"{result['failed']} of {len(result['errors'])} requests to {server.url} failed: {error}")
+    return result
+
+
+async def closed_loop(
+    server: Server, concurrency: int, requests: int, prompt_tokens: int, output_tokens: int, seed: int
+) -> dict[str, Any]:
+    """So many requests with random prompts of their own, at most `concurrency` in flight."""
+    return await bench_serve(
+        server, "--dataset-name", "random", "--max-concurrency", str(concurrency), "--num-prompts", str(requests),
+        "--input-len", str(prompt_tokens), "--output-len", str(output_tokens), "--seed", str(seed),
+    )  # fmt: skip
+
+
+def served_requests(result: dict[str, Any]) -> list[ServedRequest]:
+    """The requests of a result, in the order of their data set; starts are on this process's performance counter."""
+    columns = (result[key] for key in ("start_times", "ttfts", "itls", "output_lens"))
+    return [ServedRequest(*row) for row in zip(*columns, strict=True)]
