@@ -1,23 +1,21 @@
-"""Requests over time: bursts made to a recipe, or a recorded trace scaled to the machine."""
+"""Requests over time: bursts made to a recipe, or a window of a recording scaled to the machine."""
 
 from __future__ import annotations
 
-import csv
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds after the start, and its lengths in tokens."""
+    """One request: seconds after the start, and its lengths in tokens. Equal hash ids are equal chunks of prompts."""
 
     time: float
     prompt_tokens: int
     output_tokens: int
     phase: str = "all"
+    hash_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,15 @@ def poisson(phases: Sequence[Phase], seed: int) -> list[Arrival]:
     return arrivals
 
 
-def trace(path: Path, start_s: float, seconds: float, time_scale: float, length_scale: float) -> list[Arrival]:
-    """A window of a file of timestamp, input length, output length (with a header), scaled in time and length."""
-    with path.open() as file:
-        rows = list(csv.reader(file))[1:]
-    times = [_seconds(row[0]) for row in rows]
+def window(
+    recorded: Sequence[Arrival], start_s: float, seconds: float, time_scale: float, length_scale: float
+) -> list[Arrival]:
+    """The part of a recording from `start_s` on that takes `seconds` once scaled in time, its lengths scaled too."""
     arrivals = []
-    for time, (_, prompt, output, *_) in zip(times, rows, strict=True):
-        offset = time - times[0] - start_s
+    for arrival in recorded:
+        offset = arrival.time - start_s
         if 0 <= offset < seconds / time_scale:
-            lengths = max(1, int(int(prompt) * length_scale)), max(2, int(int(output) * length_scale))
-            arrivals.append(Arrival(offset * time_scale, *lengths))
+            prompt_tokens = max(1, int(arrival.prompt_tokens * length_scale))
+            output_tokens = max(2, int(arrival.output_tokens * length_scale))
+            arrivals.append(Arrival(offset * time_scale, prompt_tokens, output_tokens, hash_ids=arrival.hash_ids))
     return arrivals
-
-
-def _seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return datetime.fromisoformat(text[:26]).timestamp()

@@ -1,0 +1,61 @@
+"""Sends arrivals to a server at their times with `vllm bench serve`, and may watch the server's layout meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from bench.arrivals import Arrival
+from bench.recorded import write_timed_trace
+from bench.stock_client import ServedRequest, bench_serve, closed_loop, served_requests
+from tests.support.server import Server
+
+Layout = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What was sent and how it was served, and when the server's layout became which; `origin` is second 0."""
+
+    origin: float
+    requests: list[tuple[Arrival, ServedRequest]]
+    layouts: list[tuple[float, Layout]]
+
+
+async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int, watch: bool, seed: int) -> Replay:
+    """Every request at its time; prompts without hash ids are other ones with every `seed`."""
+    if not arrivals:
+        raise ValueError("no requests to send: none arrives in this part of the trace")
+    await closed_loop(server, 4, 8, 64, 4, seed)  # both engines warm
+    layouts: list[tuple[float, Layout]] = []
+    looking = asyncio.ensure_future(_look(server, layouts)) if watch else None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "timed_trace.jsonl"
+        write_timed_trace(file, arrivals, chunk_tokens, seed)
+        result = await bench_serve(
+            server, "--dataset-name", "timed_trace", "--dataset-path", str(file), "--num-prompts", str(len(arrivals)),
+            "--timed-trace-chunk-hash-size", str(chunk_tokens), "--self-timed",
+        )  # fmt: skip
+    if looking is not None:
+        looking.cancel()
+    requests = list(zip(arrivals, served_requests(result), strict=True))
+    # The client doesn't say when it began. No request is sent before its time, so the most punctual one tells.
+    origin = min(served.start - arrival.time for arrival, served in requests)
+    return Replay(origin, requests, [(max(0.0, moment - origin), layout) for moment, layout in layouts])
+
+
+async def _look(server: Server, layouts: list[tuple[float, Layout]]) -> None:
+    """Note every change of layout, by this process's performance counter."""
+    async with httpx.AsyncClient(base_url=server.url, timeout=900.0) as client:
+        while True:
+            groups = (await client.get("/plugins/flying/status")).json()["groups"]
+            now = [group["engines"] for group in groups]
+            if not layouts or layouts[-1][1] != now:
+                layouts.append((time.perf_counter(), now))
+            await asyncio.sleep(0.5)
