@@ -1,4 +1,4 @@
-"""A streaming client for what `vllm bench serve` doesn't do: loads that end when told to, requests with a priority."""
+"""A streaming client for what `vllm bench serve` doesn't do: loads that end when they are told to."""
 
 from __future__ import annotations
 
