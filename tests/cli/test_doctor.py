@@ -80,7 +80,7 @@ def test_costs_are_printed_for_every_engine_and_width(capsys: pytest.CaptureFixt
     about = [line for line in lines if line.startswith("[ok  ] engine ")]
     assert len(about) == 8 and lines[-1] == "Nothing keeps the server from starting."
     assert about[0] == (
-        "[ok  ] engine 0, width 1: a step with 1 request 20.5 ms, each further one 0.399 ms, a prompt token 0.397 ms "
+        "[ok  ] engine 0, width 1: a step with 1 request 20.4 ms, each further one 0.4 ms, a prompt token 0.4 ms "
         "(learned from 40 steps)"
     )
     assert about[1] == (
