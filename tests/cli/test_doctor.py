@@ -87,8 +87,8 @@ def test_costs_are_printed_for_every_engine_and_width(capsys: pytest.CaptureFixt
         "[ok  ] engine 0, width 1: the probe at start ran forward passes of 1 token 20.4 ms, 32 tokens 32.8 ms, "
         "128 tokens 71.2 ms"
     )
-    assert about[6].startswith("[ok  ] engine 1, width 2: a step with 1 request 12.8 ms")
-    assert about[6].endswith("a prompt token 0.289 ms (probed only, no step was run yet)")
+    assert about[6].startswith("[ok  ] engine 1, width 2: a step with 1 request 12.3 ms")
+    assert about[6].endswith("a prompt token 0.3 ms (probed only, no step was run yet)")
 
 
 @pytest.mark.parametrize(("policy", "says"), [
