@@ -22,9 +22,9 @@ class Refusal(Exception):
     pass
 
 
-def moved(free_tokens: int, *offers: dict[str, Any], staying: int = 0) -> dict[str, Any]:
+def moved(free_tokens: int, *offers: dict[str, Any], staying: int = 0, proof: Any = ()) -> dict[str, Any]:
     """An engine's reply to `move`."""
-    rest = {"capacity_tokens": 0, "prefill_s": None, "intact": b"", "staying": staying}
+    rest = {"capacity_tokens": 0, "prefill_s": None, "intact": b"", "staying": staying, "proof": list(proof)}
     return {"free_tokens": free_tokens, "offers": list(offers), **rest}
 
 
@@ -77,10 +77,11 @@ class Engine:
         left = {w for w, pages in self.free.items() if pages and not (self.leads and w == width)}
         widths = sorted({width for width, _ in self.requests.values()} | left)
         return {
-            "free_pages": len(self.own_free), "returnable_pages": returnable, "begun": 0, "paused_widths": widths,
+            "free_pages": len(self.own_free), "returnable_pages": returnable, "begun": len(self.requests),
+            "paused_widths": widths,
         }  # fmt: skip
 
-    def move(self, epoch: int, group: list[int], lease: int, offering: bool) -> dict[str, Any]:
+    def move(self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool) -> dict[str, Any]:
         assert self.preparing == epoch
         for width, page in self.arriving.values():
             (self.own_free if width == 1 else self.free[width]).add(page)
@@ -107,7 +108,7 @@ class Engine:
             if offering and not (self.leads and width == len(group))
         ]
         free_tokens = lease + 1 if len(group) > 1 else len(self.own_free) + 1
-        return moved(free_tokens, *offers)
+        return moved(free_tokens, *offers, proof=self.prove() if proving and self.leads else ())
 
     def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes) -> dict[str, Any]:
         admitted = {}
@@ -363,6 +364,31 @@ def test_a_migration_that_would_leave_every_request_behind_is_undone() -> None:
     assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0, 1])] * 2
     assert not any(call.arguments["offering"] for call in calls)
     assert "none of 1 begun requests finds room" in (transaction.failure or "")
+
+
+@pytest.mark.parametrize("begun", [0, 3])
+@pytest.mark.parametrize("method", ["pause", "migrate"])
+def test_engines_prove_as_they_move_unless_something_is_to_be_copied_first(method: str, begun: int) -> None:
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), method)
+    transaction.start()
+    for engine in (0, 1):
+        calls = transaction.replied(engine, {"free_pages": 5, "returnable_pages": 0, "begun": begun})
+    proving = method == "pause" or not begun
+    assert all(call.arguments["proving"] is proving for call in calls)
+    proof = [{"engine": engine, "tp_size": 2, "tp_rank": engine} for engine in (0, 1)]
+    transaction.replied(0, moved(5, proof=proof if proving else ()))
+    calls = transaction.replied(1, moved(5))
+    assert [call.operation for call in calls] == (["commit", "commit"] if proving else ["prove"])
+
+
+def test_a_wrong_proof_in_a_move_is_undone() -> None:
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "pause")
+    transaction.start()
+    for engine in (0, 1):
+        transaction.replied(engine, {"free_pages": 5, "returnable_pages": 0, "begun": 0})
+    transaction.replied(0, moved(5, proof=[{"engine": 0, "tp_size": 1, "tp_rank": 0}]))
+    calls = transaction.replied(1, moved(5))
+    assert [(call.operation, call.arguments["group"]) for call in calls] == [("move", [0]), ("move", [1])]
 
 
 def test_requests_that_cannot_move_stay_and_those_that_begin_again_need_no_room() -> None:

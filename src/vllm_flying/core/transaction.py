@@ -126,6 +126,7 @@ class SwitchTransaction:
             self.prepared[engine] = result
         elif self.phase is Phase.MOVE:
             self.journey.moved(engine, result)
+            self.proof.extend(result["proof"])
         elif self.phase is Phase.ADMIT:
             self.journey.admitted(engine, result)
         elif self.phase is Phase.TRANSFER:
@@ -206,7 +207,7 @@ class SwitchTransaction:
         if phase is Phase.TRANSFER:
             return self.journey.transfers(self._changed_groups(self.target))
         if phase is Phase.PROVE:
-            return [Call(group[0], "prove", {}) for group in self._changed_groups(self.target)]
+            return [] if self.proof else [Call(group[0], "prove", {}) for group in self._changed_groups(self.target)]
         if phase is Phase.RELEASE:
             return self.journey.releases(self.engines) if self._may_reclaim() else []
         if phase is Phase.COMMIT:
@@ -228,16 +229,18 @@ class SwitchTransaction:
         return Call(engine, "commit", {**arguments, **self.journey.outcome(engine)})
 
     def _moves(self, layout: Layout) -> list[Call]:
-        offering = self.migrates and self.phase is Phase.MOVE
+        offering = self.phase is Phase.MOVE and self.migrates and self._may_offer()
+        proving = self.phase is Phase.MOVE and not offering
+        arguments = {"epoch": self.epoch, "offering": offering, "proving": proving}
         return [
-            Call(
-                engine,
-                "move",
-                {"epoch": self.epoch, "group": list(group), "lease": self.lease(group), "offering": offering},
-            )
+            Call(engine, "move", {**arguments, "group": list(group), "lease": self.lease(group)})
             for group in self._changed_groups(layout)
             for engine in group
         ]
+
+    def _may_offer(self) -> bool:
+        """Where there is nothing to copy before the proof, engines prove as they move: one round less."""
+        return any(reply["begun"] or reply.get("paused_widths") for reply in self.prepared.values())
 
     def _changed_groups(self, layout: Layout) -> list[Group]:
         changed = set(self.engines)

@@ -221,10 +221,13 @@ class EngineAgent:
             "paused_widths": departures.paused_widths(facade),
         }
 
-    def move(self, epoch: int, group: list[int], lease: int, offering: bool = False) -> dict[str, Any]:
+    def move(
+        self, epoch: int, group: list[int], lease: int, offering: bool = False, proving: bool = False
+    ) -> dict[str, Any]:
         """Leave the present group and join `group`, backing `lease` more of its pages.
 
-        With `offering` the reply lists the begun requests that the new layout doesn't run.
+        With `offering` the reply lists the begun requests that the new layout doesn't run, with `proving` it has what
+        `prove` says, for which a leader waits until all members have joined.
         """
         self._check_prepared(epoch)
         self._drop_arrivals()
@@ -238,6 +241,7 @@ class EngineAgent:
             "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
             "staying": staying,
+            "proof": self.prove() if proving and not self.facade.parked else [],
             "intact": to_bitmap(intact, self._num_pages),
         }
 
