@@ -28,7 +28,7 @@ class Request(SimpleNamespace):
 
 def make_request(name: int, priority: int, begun: bool) -> Request:
     status = RequestStatus.RUNNING if begun else RequestStatus.WAITING
-    return Request(name=name, priority=priority, status=status, num_computed_tokens=5 * begun)
+    return Request(name=name, priority=priority, status=status, num_computed_tokens=5 * begun, num_in_flight_tokens=0)
 
 
 class Scheduler:

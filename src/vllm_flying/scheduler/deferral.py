@@ -1,17 +1,39 @@
 """Requests that stand back while an urgent one runs on their engine.
 
 May import vllm. A request that stands back keeps its KV and its place: it goes on as stock vLLM resumes one whose KV came
-from a connector. Urgent is a priority better than vLLM's usual 0. No request stands back for longer than a limit.
+from a connector. Only where an urgent one finds no pages, the others give up theirs, one by one, as at a stock
+preemption. Urgent is a priority better than vLLM's usual 0. No request stands back for longer than a limit.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
-MOVABLE = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
+QUEUED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+MOVABLE = (RequestStatus.RUNNING, *QUEUED)
+
+
+def _is_urgent(request: Request) -> bool:
+    return request.priority < 0 and not request.is_finished()
+
+
+def _can_run(request: Request) -> bool:
+    """Whether steps get it further: neither its grammar nor more of its input is awaited."""
+    if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        structured = request.structured_output_request
+        return structured is not None and structured.is_grammar_ready
+    return request.status in MOVABLE
+
+
+def _num_pages(scheduler: Any, request: Request) -> int:
+    if not request.num_computed_tokens:
+        return 0
+    (pages,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    return len(pages)
 
 
 class Deferral:
@@ -35,8 +57,10 @@ class Deferral:
         """Before a step, with none in flight: who stands back, and who goes on."""
         if not self._expected:
             return
-        if not any(r.priority < 0 and not r.is_finished() for r in scheduler.requests.values()):
-            self._expected, self._since = False, None
+        urgent = [request for request in scheduler.requests.values() if _is_urgent(request)]
+        self._expected = bool(urgent)
+        if not any(_can_run(request) for request in urgent):
+            self._since = None
             self.put_back(scheduler)
             return
         if self._since is None:
@@ -57,6 +81,30 @@ class Deferral:
         scheduler.waiting.remove_requests(queued)
         scheduler.kv_holding_waiting.remove_requests(queued)
         self._aside += running + queued
+
+    def make_room(self, scheduler: Any) -> None:
+        """After a step with nothing in it: an urgent one that is queued lacks pages, so another one gives up its own."""
+        if not self._aside or any(request.num_in_flight_tokens for request in scheduler.requests.values()):
+            return  # what is in flight may end and free pages
+        queued = (request for queue in (scheduler.kv_holding_waiting, scheduler.waiting) for request in queue)
+        urgent = next((request for request in queued if _is_urgent(request) and request.status in QUEUED), None)
+        if urgent is None:
+            return
+        pages = {request: _num_pages(scheduler, request) for request in self._aside if not request.is_finished()}
+        missing = -(-urgent.num_tokens // scheduler.block_size) - _num_pages(scheduler, urgent)
+        within_reach = scheduler.kv_cache_manager.block_pool.get_num_free_blocks() + sum(pages.values())
+        holding = [request for request, num_pages in pages.items() if num_pages]
+        if holding and missing <= within_reach:  # whom stock vLLM would preempt first, scheduling by priority
+            self._give_up_kv(scheduler, max(holding, key=lambda request: (request.priority, request.arrival_time)))
+        else:  # giving up doesn't help it: from here on as after the limit
+            self._since = -math.inf
+            self.put_back(scheduler)
+
+    @staticmethod
+    def _give_up_kv(scheduler: Any, request: Request) -> None:
+        request.status = RequestStatus.RUNNING  # of these only does stock vLLM free the pages
+        scheduler._preempt_request(request, time.monotonic())
+        scheduler.waiting.remove_requests([request])
 
     def put_back(self, scheduler: Any) -> None:
         """Let all go on, in the order in which they stood back."""

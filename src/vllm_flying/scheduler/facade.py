@@ -209,6 +209,8 @@ class FlyingScheduler(SchedulerInterface):
         """The active scheduler's next step, tagged."""
         self._update_deferral()
         output = self.active.schedule(throttle_prefills)
+        if not output.total_num_scheduled_tokens:
+            self.deferral.make_room(self.active)
         self._width_of_step[id(output)] = self.active_width
         self.scheduled_tokens += output.total_num_scheduled_tokens
         if self._measures:
