@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.request import RequestStatus
 
@@ -28,7 +29,8 @@ class Request(SimpleNamespace):
 
 def make_request(name: int, priority: int, begun: bool) -> Request:
     status = RequestStatus.RUNNING if begun else RequestStatus.WAITING
-    return Request(name=name, priority=priority, status=status, num_computed_tokens=5 * begun, num_in_flight_tokens=0)
+    counts = {"num_computed_tokens": 5 * begun, "num_in_flight_tokens": 0}
+    return Request(name=name, request_id=str(name), priority=priority, status=status, resumable=False, **counts)
 
 
 class Scheduler:
@@ -39,6 +41,8 @@ class Scheduler:
         self.running = [request for request in requests if request.status == RequestStatus.RUNNING]
         self.waiting: Any = create_request_queue(SchedulingPolicy.FCFS)
         self.kv_holding_waiting: Any = create_request_queue(SchedulingPolicy.FCFS)
+        self.pause_state = PauseState.UNPAUSED
+        self.prev_step_scheduled_req_ids: set[str] = set()
         self._inflight_prefills: set[Request] = set(self.running)
         for request in requests:
             if request.status == RequestStatus.WAITING:

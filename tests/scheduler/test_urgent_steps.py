@@ -14,6 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -78,9 +79,11 @@ class Engine:
         self.in_flight.append((output, tokens))
 
     def steps_until_done(self, *requests: Request, most: int = 400) -> list[list[str]]:
-        steps = []
+        steps: list[list[str]] = []
         for _ in range(most):
             if all(request.is_finished() for request in requests):
+                while steps and not steps[-1]:
+                    steps.pop()  # made while the last tokens were in flight
                 return steps
             scheduled = self.turn()
             steps += [] if scheduled is None else [scheduled]
@@ -115,7 +118,7 @@ def config(checkpoints: Path) -> VllmConfig:
     return arguments.create_engine_config()
 
 
-in_flight_steps = pytest.mark.parametrize("in_flight_steps", [1])
+in_flight_steps = pytest.mark.parametrize("in_flight_steps", [1, 2])
 
 
 @in_flight_steps
@@ -179,7 +182,81 @@ def test_nobody_stands_back_while_a_grammar_is_compiled(
     urgent.structured_output_request = None
     urgent.status = RequestStatus.WAITING
     steps = engine.steps_until_done(urgent)
-    assert steps.count(["u"]) >= 5 if in_flight_steps == 1 else True
+    assert steps.count(["u"]) >= 4
     assert [] not in steps
     engine.steps_until_done(other)
     assert_complete(urgent, other)
+
+
+@in_flight_steps
+def test_an_urgent_one_has_its_steps_to_itself(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
+    engine = Engine(config, 40, in_flight_steps)
+    others = [engine.add("a", 20, 30), engine.add("b", 40, 30)]
+    while not all(other.num_output_tokens for other in others):
+        engine.turn()
+    urgent = engine.add("u", 20, 10, priority=-1)
+    late = engine.add("c", 20, 5)
+    assert engine.steps_until_done(urgent)[:10] == [["u"]] * 10
+    engine.steps_until_done(*others, late)
+    assert_complete(urgent, late, *others)
+
+
+@in_flight_steps
+def test_overlapping_urgent_ones_keep_nobody_waiting(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
+    engine = Engine(config, 100, in_flight_steps)
+    other = engine.add("a", 20, 20)
+    for number in range(40):
+        engine.add(f"u{number}", 10, 6, priority=-1)
+        for _ in range(4):
+            engine.turn()
+            now[0] += 0.1
+    assert now[0] < 117
+    assert_complete(other)
+
+
+@in_flight_steps
+@pytest.mark.parametrize("ends", ["abort", "limit", "switch"])
+def test_who_goes_on_at_once_loses_no_token(
+    config: VllmConfig, in_flight_steps: int, ends: str, now: list[float]
+) -> None:
+    for turns in range(in_flight_steps + 2):
+        engine = Engine(config, 40, in_flight_steps)
+        others = [engine.add("a", 20, 10), engine.add("b", 40, 10)]
+        while not all(other.num_output_tokens for other in others):
+            engine.turn()
+        urgent = engine.add("u", 20, 5, priority=-1)
+        engine.facade._update_deferral()
+        for _ in range(turns):
+            engine.turn()
+        if ends == "abort":
+            engine.facade.finish_requests("u", RequestStatus.FINISHED_ABORTED)
+        elif ends == "limit":
+            now[0] += 100
+        else:  # as EngineAgent.prepare
+            engine.facade.deferral.put_back(engine.facade.active)
+            engine.facade.stopped = True
+            while engine.facade.steps_in_flight:
+                engine.turn()
+            assert not len(engine.facade.deferral)
+            engine.facade.stopped = False
+        engine.steps_until_done(*others)
+        assert_complete(*others, *([] if ends == "abort" else [urgent]))
+        assert not any(other.num_preemptions for other in others)
+
+
+@in_flight_steps
+def test_a_pause_lets_begun_ones_end(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
+    engine = Engine(config, 40, in_flight_steps)
+    other = engine.add("a", 20, 10)
+    while not other.num_output_tokens:
+        engine.turn()
+    urgent = engine.add("u", 20, 5, priority=-1)
+    engine.facade._update_deferral()
+    engine.facade.set_pause_state(PauseState.PAUSED_NEW)
+    while engine.facade.has_requests() or engine.in_flight:
+        engine.turn()
+    assert_complete(other)
+    assert not urgent.num_output_tokens
+    engine.facade.set_pause_state(PauseState.UNPAUSED)
+    engine.steps_until_done(urgent)
+    assert_complete(urgent)

@@ -11,6 +11,7 @@ import math
 import time
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 QUEUED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -47,19 +48,19 @@ class Deferral:
         self._since: float | None = None
 
     def __len__(self) -> int:
-        return len(self._aside)
+        return sum(not request.is_finished() for request in self._aside)
 
     def saw(self, request: Request) -> None:
         """A request enters a scheduler of this engine."""
         self._expected |= request.priority < 0
 
     def update(self, scheduler: Any) -> None:
-        """Before a step, with none in flight: who stands back, and who goes on."""
-        if not self._expected:
+        """Between steps, whatever is in flight: who stands back, and who goes on."""
+        if not self._expected and not self._aside:
             return
         urgent = [request for request in scheduler.requests.values() if _is_urgent(request)]
         self._expected = bool(urgent)
-        if not any(_can_run(request) for request in urgent):
+        if scheduler.pause_state != PauseState.UNPAUSED or not any(_can_run(request) for request in urgent):
             self._since = None
             self.put_back(scheduler)
             return
@@ -71,7 +72,9 @@ class Deferral:
             self._set_aside(scheduler)
 
     def _set_aside(self, scheduler: Any) -> None:
-        running = [request for request in scheduler.running if request.priority >= 0]
+        # Stock vLLM queues a streaming-input session itself when a result ends its turn, and it must not be twice in line.
+        running = [request for request in scheduler.running
+                   if request.priority >= 0 and not (request.resumable and request.num_in_flight_tokens)]  # fmt: skip
         queued = [request for queue in (scheduler.kv_holding_waiting, scheduler.waiting) for request in queue
                   if request.priority >= 0 and request.status in MOVABLE]  # fmt: skip
         for request in running:
@@ -107,8 +110,14 @@ class Deferral:
         scheduler.waiting.remove_requests([request])
 
     def put_back(self, scheduler: Any) -> None:
-        """Let all go on, in the order in which they stood back."""
-        aside, self._aside = self._aside, []
-        for request in aside:
-            if not request.is_finished():
+        """Let all go on, in the order in which they stood back.
+
+        Who has tokens in flight follows when they are in: stock vLLM resumes a request that has all of its tokens.
+        """
+        unfinished = [request for request in self._aside if not request.is_finished()]
+        self._aside = [request for request in unfinished if request.num_in_flight_tokens]
+        for request in unfinished:
+            if not request.num_in_flight_tokens:
+                # If no step came between, the worker must all the same be told the tokens that it has.
+                scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
                 scheduler._enqueue_waiting_request(request)

@@ -218,7 +218,9 @@ class FlyingScheduler(SchedulerInterface):
         return output
 
     def _update_deferral(self) -> None:
-        if not self._width_of_step and not self.parked and not self.stopped:
+        if self.stopped:  # those whose tokens were in flight when the switch began
+            self.deferral.put_back(self.active)
+        elif not self.parked:
             self.deferral.update(self.active)
 
     @property
@@ -292,6 +294,7 @@ class FlyingScheduler(SchedulerInterface):
         """As vLLM's, for every width."""
         for scheduler in self.schedulers.values():
             scheduler.set_pause_state(pause_state)
+        self._update_deferral()  # who stands back has begun, and ends before a pause that waits for it
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Forget cached prefixes in every width; False if requests still hold pages somewhere."""
