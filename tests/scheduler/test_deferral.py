@@ -43,6 +43,7 @@ class Scheduler:
         self.kv_holding_waiting: Any = create_request_queue(SchedulingPolicy.FCFS)
         self.pause_state = PauseState.UNPAUSED
         self.prev_step_scheduled_req_ids: set[str] = set()
+        self.reset_preempted_req_ids: set[str] = set()
         self._inflight_prefills: set[Request] = set(self.running)
         for request in requests:
             if request.status == RequestStatus.WAITING:

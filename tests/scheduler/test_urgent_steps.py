@@ -40,6 +40,7 @@ class Engine:
         self.most = in_flight_steps
         self.in_flight: deque[tuple[Any, dict[str, list[int]]]] = deque()
         self.batch: set[str] = set()
+        self.slots: set[str] = set()
 
     def add(self, name: str, prompt: int, output: int, priority: int = 0) -> Request:
         params = SamplingParams(max_tokens=output, ignore_eos=True)
@@ -68,7 +69,13 @@ class Engine:
         return scheduled
 
     def run(self, output: Any) -> None:
-        """A sampled token is its own position. Runner V1 needs all tokens of whoever wasn't in the batch before."""
+        """A sampled token is its own position.
+
+        Runner V1 needs all tokens of whoever wasn't in the batch before, Runner V2 a slot for every request it knows.
+        """
+        self.slots -= output.finished_req_ids | output.preempted_req_ids
+        self.slots |= output.num_scheduled_tokens.keys()
+        assert len(self.slots) <= self.facade.active.max_num_running_reqs
         cached = output.scheduled_cached_reqs
         for name, num_output_tokens in zip(cached.req_ids, cached.num_output_tokens, strict=True):
             if num_output_tokens and (name in cached.resumed_req_ids or name not in self.batch):
@@ -260,3 +267,14 @@ def test_a_pause_lets_begun_ones_end(config: VllmConfig, in_flight_steps: int, n
     engine.facade.set_pause_state(PauseState.UNPAUSED)
     engine.steps_until_done(urgent)
     assert_complete(urgent)
+
+
+@in_flight_steps
+def test_an_urgent_one_finds_a_slot_in_a_full_batch(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
+    engine = Engine(config, 40, in_flight_steps)
+    others = [engine.add(str(number), 20, 10) for number in range(8)]
+    while not all(other.num_output_tokens for other in others):
+        engine.turn()
+    urgent = engine.add("u", 20, 5, priority=-1)
+    engine.steps_until_done(urgent, *others)
+    assert_complete(urgent, *others)

@@ -81,6 +81,7 @@ class Deferral:
             scheduler.running.remove(request)
             scheduler._inflight_prefills.discard(request)
             request.status = RequestStatus.PREEMPTED
+            scheduler.reset_preempted_req_ids.add(request.request_id)  # frees its place in Runner V2's batch
         scheduler.waiting.remove_requests(queued)
         scheduler.kv_holding_waiting.remove_requests(queued)
         self._aside += running + queued
