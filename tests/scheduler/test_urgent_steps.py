@@ -278,3 +278,25 @@ def test_an_urgent_one_finds_a_slot_in_a_full_batch(config: VllmConfig, in_fligh
     urgent = engine.add("u", 20, 5, priority=-1)
     engine.steps_until_done(urgent, *others)
     assert_complete(urgent, *others)
+
+
+@in_flight_steps
+def test_resetting_prefixes_takes_all_pages_back(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
+    for stands_back in (True, False):
+        engine = Engine(config, 40, in_flight_steps)
+        others = [engine.add("a", 20, 10), engine.add("b", 40, 10)]
+        while not all(other.num_output_tokens for other in others):
+            engine.turn()
+        urgent = engine.add("u", 20, 10, priority=-1)
+        engine.turn()
+        engine.turn()
+        engine.facade.pools[1].withdraw(5)  # held by another layout
+        if not stands_back:
+            engine.facade.set_pause_state(PauseState.PAUSED_ALL)
+            while engine.in_flight:
+                engine.turn()
+        assert engine.facade.reset_prefix_cache(reset_running_requests=True)
+        engine.facade.set_pause_state(PauseState.UNPAUSED)
+        engine.steps_until_done(*others, urgent)
+        assert [r.num_preemptions for r in (*others, urgent)] == [1, 1, 1]
+        assert_complete(*others, urgent)

@@ -21,6 +21,10 @@ from vllm_flying.settings import settings_from_vllm_config
 
 logger = init_logger("vllm.flying.executor")
 
+LEFT_TO_THE_LEADER = ("synchronize_device", "reset_mm_cache", "reset_encoder_cache")
+"""What vLLM calls when a pause is complete. Followers wait for their leader's next step, and it has none any more; the
+two caches are those of models that are refused at start."""
+
 
 class FlyingExecutor(MultiprocExecutor):
     """One engine's workers and its agent."""
@@ -45,11 +49,24 @@ class FlyingExecutor(MultiprocExecutor):
             return self.agent.handle(operation, arguments)
         agent: EngineAgent | None = getattr(self, "agent", None)
         if agent is not None and agent.workers_follow:
+            if method in LEFT_TO_THE_LEADER:
+                return []
             raise RuntimeError(
                 f"engine {agent.engine} is parked in group {list(agent.group)}: its workers follow engine "
                 f"{agent.group[0]}. Split the group first, or call {method!r} on a server without merged groups."
             )
         return super().collective_rpc(method, timeout, args, kwargs, **options)
+
+    def sleep(self, level: int = 1) -> None:
+        """Refused, as `--enable-sleep-mode` is at start. vLLM has paused the engine by now."""
+        raise RuntimeError(
+            f"sleep level {level} would free the weights and the KV pool that all layouts share. The server is paused "
+            "now, as by POST /pause (and sleep level 0), which it can be; POST /resume lets it go on."
+        )
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Refused likewise."""
+        raise RuntimeError(f"{', '.join(tags)} can't be discarded: all layouts share it. The server stays paused.")
 
     def _call_workers(self, method: str, args: tuple[Any, ...] = (), non_block: bool = False) -> Any:
         return super().collective_rpc(method, None, args, None, non_block=non_block)

@@ -14,6 +14,8 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_flying.scheduler.preemption import preempt
+
 QUEUED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 MOVABLE = (RequestStatus.RUNNING, *QUEUED)
 
@@ -104,10 +106,15 @@ class Deferral:
             self._since = -math.inf
             self.put_back(scheduler)
 
+    def give_up_kv(self, scheduler: Any) -> None:
+        """All that stand back compute their KV again when they go on."""
+        for request in self._aside:
+            if request.num_computed_tokens and not request.is_finished():
+                self._give_up_kv(scheduler, request)
+
     @staticmethod
     def _give_up_kv(scheduler: Any, request: Request) -> None:
-        request.status = RequestStatus.RUNNING  # of these only does stock vLLM free the pages
-        scheduler._preempt_request(request, time.monotonic())
+        preempt(scheduler, request)
         scheduler.waiting.remove_requests([request])
 
     def put_back(self, scheduler: Any) -> None:

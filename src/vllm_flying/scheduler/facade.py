@@ -26,6 +26,7 @@ from vllm_flying.scheduler import registry
 from vllm_flying.scheduler.deferral import Deferral
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
+from vllm_flying.scheduler.preemption import preempt_all
 from vllm_flying.scheduler.structured import note_beginning
 from vllm_flying.settings import URGENT_POLICIES, settings_from_vllm_config
 from vllm_flying.worker.kv_views import wide_kv_cache_config
@@ -299,9 +300,9 @@ class FlyingScheduler(SchedulerInterface):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Forget cached prefixes in every width; False if requests still hold pages somewhere."""
         if reset_running_requests:
+            self.deferral.give_up_kv(self.active)
             for scheduler in self.schedulers.values():
-                if scheduler.running:
-                    scheduler.reset_prefix_cache(reset_running_requests=True)
+                preempt_all(scheduler)
         return all([pool.forget_prefixes() for pool in self.pools.values()])
 
     def reset_encoder_cache(self) -> None:

@@ -156,6 +156,9 @@ USED = [
     # Engine
     *_group("vllm.v1.executor.multiproc_executor", "control calls", "MultiprocExecutor",
             "MultiprocExecutor._init_executor", "MultiprocExecutor.shutdown"),
+    *_group("vllm.v1.executor.abstract", "pausing in a merged layout", "Executor.sleep", "Executor.discard",
+            "Executor.reset_mm_cache", "Executor.reset_encoder_cache"),
+    Symbol("vllm.v1.worker.worker_base", "WorkerBase.synchronize_device", "pausing in a merged layout"),
     Symbol("vllm.v1.executor.multiproc_executor", "MultiprocExecutor.collective_rpc", "control calls",
            ("self", "method", "timeout", "args", "kwargs", "non_block")),
     *_group("vllm.v1.core.sched.interface", "the facade", "SchedulerInterface", "PauseState",
@@ -172,7 +175,7 @@ USED = [
             "Scheduler.prev_step_scheduled_req_ids", "Scheduler.pause_state",
             "Scheduler.reset_preempted_req_ids", "Scheduler.use_v2_model_runner"),
     Symbol("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", "urgent requests find pages",
-           ("self", "request", "timestamp")),
+           ("self", "request", "timestamp", "drop_stale_output")),
     *_group("vllm.v1.core.kv_cache_manager", "begun requests find pages", "KVCacheManager.get_block_ids",
             "KVCacheManager.get_blocks", "KVCacheManager.get_computed_blocks", "KVCacheManager.free",
             "KVCacheManager.empty_kv_cache_blocks"),
