@@ -42,6 +42,7 @@ class Arrivals:
                 continue
             if request.request_id in recomputed:
                 request.num_computed_tokens = 0
+                request.num_preemptions += 1  # or it would look like one that no worker has seen
             computed = request.num_computed_tokens
             cached = self._allocate(request)
             if cached is None:

@@ -1,0 +1,144 @@
+"""Engines without workers: real agents over stock schedulers, stepped by hand; every token is the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_flying.core.topology import Group, Layout
+from vllm_flying.core.transaction import Phase, SwitchTransaction
+from vllm_flying.scheduler.agent import EngineAgent
+from vllm_flying.scheduler.facade import FlyingScheduler
+from vllm_flying.settings import settings_from_vllm_config
+
+PAGE_TOKENS = 16
+MAX_MODEL_LEN = 2048
+
+
+def make_config(model: Path, num_engines: int) -> VllmConfig:
+    """The config of one engine of several."""
+    init_none_hash(sha256)  # as the engine core does
+    settings = {"flying": {"num_engines": num_engines}}
+    limits = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": MAX_MODEL_LEN, "block_size": PAGE_TOKENS}
+    return EngineArgs(model=str(model), additional_config=settings, async_scheduling=False, **limits).create_engine_config()
+
+
+def make_request(name: str, prompt_tokens: int, max_tokens: int | None = None) -> Request:
+    """Without `max_tokens` it may fill the context, as vLLM's front end says of a chat."""
+    limit = MAX_MODEL_LEN - prompt_tokens if max_tokens is None else max_tokens
+    prompt = [5 + sum(map(ord, name)) % 400] * prompt_tokens
+    return Request(name, prompt, SamplingParams(max_tokens=limit, ignore_eos=True), None)
+
+
+class SteppedEngine:
+    """One engine; `started` and `resumed` say what its workers were told of requests."""
+
+    def __init__(self, config: VllmConfig, engine: int, pages: int, everyone: list[SteppedEngine]) -> None:
+        self.config = copy.deepcopy(config)
+        self.config.parallel_config.data_parallel_index = engine
+        self.config.cache_config.num_gpu_blocks = pages + 1
+        spec = FullAttentionSpec(block_size=PAGE_TOKENS, num_kv_heads=4, head_size=1, dtype=torch.float32)
+        kv = KVCacheConfig(pages + 1, [], [KVCacheGroupSpec(["layer"], spec)])
+        manager = StructuredOutputManager(self.config)
+        self.facade = FlyingScheduler(self.config, kv, manager, PAGE_TOKENS)
+        self.agent = EngineAgent(self.config, settings_from_vllm_config(self.config), self._call_workers)
+        self.released: Any = None
+        self.started: list[str] = []
+        self.resumed: list[str] = []
+        self._everyone = everyone
+
+    def _call_workers(self, method: str, arguments: tuple[Any, ...] = (), non_block: bool = False) -> Any:
+        group = self.agent.group
+        if method == "flying_release":
+            for member in group:
+                self._everyone[member].released = arguments
+        if method == "flying_follow":
+            return SimpleNamespace(result=lambda: [self.released])
+        if method == "flying_export":
+            return [{}]
+        if method == "flying_kernel_block_tokens":
+            return [PAGE_TOKENS]
+        if method == "flying_together" and arguments[0] == "prove":
+            return [[{"engine": e, "tp_size": len(group), "tp_rank": rank} for rank, e in enumerate(group)]]
+        return [{"bytes": 0, "seconds": 0.0}]
+
+    def step(self) -> list[Any]:
+        """One step of the engine; returns what goes to the front end."""
+        facade = self.facade
+        if not facade.has_requests():
+            return []
+        output = facade.schedule()
+        self.started += [new.req_id for new in output.scheduled_new_reqs]
+        self.resumed += list(output.scheduled_cached_reqs.resumed_req_ids)
+        names, requests = list(output.num_scheduled_tokens), facade.active.requests
+        tokens = [[7] if requests[n].num_computed_tokens >= requests[n].num_tokens else [] for n in names]
+        places = {name: place for place, name in enumerate(names)}
+        result = ModelRunnerOutput(names, places, sampled_token_ids=tokens, prompt_logprobs_dict={}, pooler_output=[])
+        return [each for outputs in facade.update_from_output(output, result).values() for each in outputs.outputs]
+
+
+class SteppedServer:
+    """Engines, the layout they are in, and what clients were told of finished requests."""
+
+    def __init__(self, config: VllmConfig, num_engines: int, pages: int) -> None:
+        self.engines: list[SteppedEngine] = []
+        for engine in range(num_engines):
+            self.engines.append(SteppedEngine(config, engine, pages, self.engines))
+        self.layout = Layout.separate(num_engines)
+        self.epoch = 0
+        self.finished: dict[str, str] = {}
+
+    def step(self, count: int = 1) -> None:
+        """As many steps of every engine."""
+        for _ in range(count):
+            for engine in self.engines:
+                for output in engine.step():
+                    if output.finish_reason is not None:
+                        self.finished[output.request_id] = str(output.finish_reason)
+
+    def send(self, engine: int, request: Request) -> Request:
+        """A request reaches an engine from the front end."""
+        self.engines[engine].facade.add_request(request)
+        return request
+
+    def abort(self, *names: str) -> None:
+        """What the front end sends once a switch has begun: to every engine."""
+        for engine in self.engines:
+            engine.facade.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
+
+    def switch(self, groups: Sequence[Group], method: str = "migrate", before: Any = None) -> SwitchTransaction:
+        """Change the layout; `before(operation, engine)` is called ahead of every call, "adopt" included."""
+        self.epoch += 1
+        target = Layout.of(groups, len(self.engines))
+        transaction = SwitchTransaction(self.epoch, self.layout, target, method)
+        calls = transaction.start()
+        while calls:
+            call, *calls = calls
+            reply = self._call(call.engine, call.operation, call.arguments, before)
+            calls += transaction.replied(call.engine, reply)
+        assert transaction.is_over
+        if transaction.phase is Phase.COMMITTED:
+            self.layout = target
+            for reply in transaction.committed.values():
+                for recipient, packed in reply["handover"].items():
+                    self._call(int(recipient), "adopt", {"packed": packed}, before)
+        return transaction
+
+    def _call(self, engine: int, operation: str, arguments: dict[str, Any], before: Any) -> Any:
+        if before is not None:
+            before(operation, engine)
+        return self.engines[engine].agent.handle(operation, arguments)
