@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from vllm_flying.core.affinity import PrefixAffinity
@@ -132,3 +134,14 @@ def test_urgent_requests_go_to_the_group_that_was_formed_for_them(
     assert server.send(priority=-1) == leader
     assert server.send(priority=-1, hint="dp") == 0, "the hint says more"
     assert server.send(priority=1) == 0
+
+
+def test_streaming_input_sessions_are_refused(server: Server) -> None:
+    chunk = SimpleNamespace(
+        resumable=True, prompt_token_ids=PROMPT, sampling_params=SimpleNamespace(max_tokens=8, extra_args=None),
+        data_parallel_rank=None, priority=0,
+    )
+    with pytest.raises(VLLMValidationError, match="Streaming-input sessions are not supported"):
+        asyncio.run(server.router.admit(chunk))
+    chunk.resumable = False
+    asyncio.run(server.router.admit(chunk))

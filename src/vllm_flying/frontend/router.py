@@ -87,6 +87,11 @@ class Router:
 
     async def admit(self, request: Any) -> None:
         """Refuse a request that can't run, with the numbers; form the width that its hint or its urgency asks for."""
+        if request.resumable:
+            raise VLLMValidationError(
+                "Streaming-input sessions are not supported by a server that changes its layout: at a switch, chunks of "
+                "one session would reach different engines. Send the whole prompt in one request."
+            )
         state = await self.ready()
         width = self._wanted_width(request)
         tokens = self._tokens(request, state)

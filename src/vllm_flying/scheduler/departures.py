@@ -48,9 +48,8 @@ def _has_begun(request: Request) -> bool:
 
 
 def can_move(request: Request) -> bool:
-    """Whether another layout can go on with a begun request. A streaming-input session's queue can't travel."""
-    statuses = (RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.WAITING)
-    return request.status in statuses and request.streaming_queue is None
+    """Whether another layout can go on with a begun request."""
+    return request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.WAITING)
 
 
 def _must_begin_again(request: Request, use_v2_model_runner: bool) -> bool:

@@ -121,10 +121,6 @@ class FlyingScheduler(SchedulerInterface):
 
     def add_request(self, request: Request) -> None:
         """Give a request to the active scheduler, or keep it aside for whoever will run it."""
-        known = next((s for s in self.schedulers.values() if request.request_id in s.requests), None)
-        if known is not None:  # another chunk of a streaming-input session
-            known.add_request(request)
-            return
         note_beginning(request)
         self.meter.added(request)
         self.place(request)
@@ -185,8 +181,8 @@ class FlyingScheduler(SchedulerInterface):
     def set_aside_fresh(self) -> None:
         """Take requests that have computed nothing yet out of the active scheduler, in their order."""
         scheduler = self.active
-        fresh = [r for r in scheduler.waiting if r.num_computed_tokens == 0 and not r.num_output_tokens
-                 and r.num_preemptions == 0 and r.streaming_queue is None]
+        fresh = [r for r in scheduler.waiting
+                 if r.num_computed_tokens == 0 and not r.num_output_tokens and r.num_preemptions == 0]
         if not fresh:
             return
         scheduler.waiting.remove_requests(fresh)
