@@ -115,10 +115,17 @@ class SteppedServer:
         self.engines[engine].facade.add_request(request)
         return request
 
-    def abort(self, *names: str) -> None:
-        """What the front end sends once a switch has begun: to every engine."""
-        for engine in self.engines:
-            engine.facade.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
+    def abort(self, *names: str, engines: Sequence[int] = ()) -> None:
+        """What the front end sends once a switch has begun: to every engine, unless `engines` says to which."""
+        for engine in engines or range(len(self.engines)):
+            self.engines[engine].facade.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are somewhere, and pages that are held for some."""
+        facades = [engine.facade for engine in self.engines]
+        pools = [pool for facade in facades for pool in facade.pools.values()]
+        return sum(f.get_num_unfinished_requests() for f in facades) + sum(pool.num_used for pool in pools)
 
     def switch(self, groups: Sequence[Group], method: str = "migrate", before: Any = None) -> SwitchTransaction:
         """Change the layout; `before(operation, engine)` is called ahead of every call, "adopt" included."""

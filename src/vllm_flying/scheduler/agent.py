@@ -430,8 +430,7 @@ class EngineAgent:
     def adopt(self, packed: bytes) -> int:
         """Take over fresh requests of another engine."""
         requests = unpack_requests(packed, self.facade.structured_output_manager)
-        for request in requests:
-            self.facade.place(request)
+        self.facade.adopt(requests)
         return len(requests)
 
     def collect(self) -> bytes | None:

@@ -76,9 +76,15 @@ class Arrivals:
         request.num_computed_tokens = computed
         return None if allocated is None else hit
 
-    def abort(self, request_ids: Iterable[str] | None) -> None:
-        """A client went away between admission and commit: the request is finished at the commit."""
-        self._aborted.update(self._requests if request_ids is None else self._requests.keys() & set(request_ids))
+    def abort(self, request_ids: Iterable[str] | None) -> list[Request]:
+        """Requests aborted between admission and commit, all of them for None: they are finished at the commit.
+
+        They are returned, so that after an abort of everything vLLM tells clients of them even if their source has let
+        go of them. If it hasn't, clients are told twice; vLLM's front end takes no notice of the second time.
+        """
+        aborted = self._requests.keys() if request_ids is None else self._requests.keys() & set(request_ids)
+        self._aborted.update(aborted)
+        return [self._requests[request_id] for request_id in aborted]
 
     def commit(self, gone: Iterable[str]) -> list[str]:
         """Schedule what has arrived, except for requests that were aborted on the way, which are returned."""
@@ -86,6 +92,7 @@ class Arrivals:
         for request_id in dropped:
             self._manager.free(self._requests.pop(request_id))
         scheduler = self._facade.active
+        self._aborted.update(self._facade.unknown_aborts.of(self._requests.values()))
         for request in self._requests.values():
             scheduler.add_request(request)
             self._facade.note_urgent(request)

@@ -23,6 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_flying.core.topology import available_widths
 from vllm_flying.scheduler import registry
+from vllm_flying.scheduler.aborts import UnknownAborts
 from vllm_flying.scheduler.deferral import Deferral
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
@@ -85,8 +86,9 @@ class FlyingScheduler(SchedulerInterface):
         self._measures = settings.policy != "manual"  # nobody else asks what steps cost
         self.scheduled_tokens = 0
         """Tokens computed since start, in all widths."""
-        self.on_abort: Callable[[list[str] | None], None] = lambda request_ids: None
-        """Told of every abort, for requests that are on their way into this engine."""
+        self.on_abort: Callable[[list[str] | None], list[Request]] = lambda request_ids: []
+        """Told of every abort, None being all; returns those of them that are on their way into this engine."""
+        self.unknown_aborts = UnknownAborts()
         self._width_of_step: dict[int, int] = {}
         registry.register(vllm_config, self)
 
@@ -145,6 +147,12 @@ class FlyingScheduler(SchedulerInterface):
         if self._defers:
             self.deferral.saw(request)
 
+    def adopt(self, requests: list[Request]) -> None:
+        """Take over fresh requests of another engine; those that were aborted on the way end here."""
+        for request in requests:
+            self.place(request)
+        self.finish_requests(self.unknown_aborts.of(requests), RequestStatus.FINISHED_ABORTED)
+
     def rehash(self, request: Request, width: int) -> None:
         """Hash a request's blocks as the layout of `width` needs them."""
         request._block_hasher = self._hashers[width]
@@ -154,16 +162,17 @@ class FlyingScheduler(SchedulerInterface):
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
-        """Finish requests wherever they are: running, paused in another width, or kept aside."""
+        """Finish requests wherever they are: running, paused in another width, kept aside, or about to come."""
         ids = [request_ids] if isinstance(request_ids, str) else None if request_ids is None else list(request_ids)
         for request in [r for r in self.held if ids is None or r.request_id in ids]:
             # Through a scheduler, so that the front end hears of it as of any other request.
             self.held.remove(request)
             self.admit(request, self.active_width)
-        self.on_abort(ids)
-        finished: list[Request] = []
+        finished = self.on_abort(ids)
         for scheduler in self.schedulers.values():
             finished += scheduler.finish_requests(ids, finished_status)
+        if ids is not None:
+            self.unknown_aborts.note(set(ids).difference(request.request_id for request in finished))
         self._update_deferral()
         return finished
 
