@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
 from vllm_flying.core.hints import VALUES, Hint, HintError, parse_hint, urgent_width
-from vllm_flying.core.routing import GroupState, choose_group, groups_with_width
+from vllm_flying.core.routing import GroupState, choose_group, deal, groups_with_width
 from vllm_flying.core.topology import Layout
 
 
@@ -74,3 +74,11 @@ def test_formed_groups_are_a_layout_with_that_width(data: st.DataObject, width: 
 )
 def test_an_urgent_group_leaves_engines_to_the_others(widths: tuple[int, ...], num_engines: int, width: int) -> None:
     assert urgent_width(widths, num_engines) == width
+
+
+def test_fresh_requests_are_dealt_in_turn_among_those_that_can_hold_them() -> None:
+    capacity = {0: 100, 1: 100, 2: 200}
+    assert deal([10] * 5, [0, 1, 2], capacity) == {0: [0, 3], 1: [1, 4], 2: [2]}
+    assert deal([150, 10, 10, 150, 10], [0, 1, 2], capacity) == {0: [1, 4], 1: [2], 2: [0, 3]}
+    assert deal([300], [0, 1, 2], capacity) == {0: [], 1: [], 2: [0]}, "kept aside where most is"
+    assert deal([], [0], {}) == {0: []}

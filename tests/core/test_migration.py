@@ -8,7 +8,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_flying.core.migration import KVMove, Offer, num_units, place_offers, units_of, units_per_page
+from vllm_flying.core.migration import (
+    KVMove,
+    Offer,
+    lasting_capacity,
+    num_units,
+    place_offers,
+    units_of,
+    units_per_page,
+)
 from vllm_flying.core.topology import Group
 
 NUM_ENGINES = 4
@@ -71,7 +79,7 @@ def test_units_carry_every_token_and_head_to_its_place(data: st.DataObject) -> N
 def test_offers_go_where_there_is_room(requests: list[tuple[int, Group]], room: int) -> None:
     offers = [Offer(str(i), source, tokens, arrival_time=i) for i, (tokens, source) in enumerate(requests)]
     rooms = {(0, 1): room, (2,): room, (3,): room}
-    placed, unplaced = place_offers(offers, rooms)
+    placed, unplaced = place_offers(offers, rooms, rooms)
     seen = [offer.request_id for taken in (unplaced, *placed.values()) for offer in taken]
     assert sorted(seen) == sorted(offer.request_id for offer in offers)
     for group, taken in placed.items():
@@ -84,5 +92,22 @@ def test_offers_go_where_there_is_room(requests: list[tuple[int, Group]], room: 
 
 def test_urgent_requests_choose_first() -> None:
     offers = [Offer("late", (0,), 50, priority=0, arrival_time=2), Offer("urgent", (0,), 50, priority=-1, arrival_time=3)]
-    placed, unplaced = place_offers(offers, {(0, 1): 80})
+    placed, unplaced = place_offers(offers, {(0, 1): 80}, {(0, 1): 80})
     assert [o.request_id for o in placed[0, 1]] == ["urgent"] and [o.request_id for o in unplaced] == ["late"]
+
+
+def test_what_may_outgrow_a_group_does_not_go_there() -> None:
+    offers = [Offer("long", (0, 1), 50, most_tokens=150), Offer("short", (0, 1), 50, most_tokens=80)]
+    room = {(0,): 90, (1,): 90}
+    placed, unplaced = place_offers(offers, room, {(0,): 100, (1,): 100}, {"long"})
+    assert [o.request_id for o in placed[0,]] == ["short"] and [o.request_id for o in unplaced] == ["long"]
+
+
+def test_what_stays_keeps_its_pages_from_the_others() -> None:
+    groups, page_tokens = {(0,): 100, (1,): 100, (2, 3): 200}, {(0,): 10, (1,): 10, (2, 3): 20}
+    long = Offer("long", (0, 1), 30, pages=(1, 2, 3), most_tokens=150)
+    next_long = Offer("next", (0, 1), 30, pages=(3, 4), most_tokens=80)
+    wide = Offer("wide", (2,), 30, pages=(3, 4), most_tokens=200)
+    assert lasting_capacity([next_long, wide], groups, page_tokens) == groups
+    shrunk = {(0,): 60, (1,): 60, (2, 3): 200}
+    assert lasting_capacity([long, next_long, wide], groups, page_tokens) == shrunk, "now the next one stays as well"

@@ -64,6 +64,7 @@ def journey(rates: MoveRates | None, prefill_s: float | None, last_resort: bool 
             name, (0,), tokens, kv_bytes=tokens * 1000, most_tokens=tokens + 100, recomputable=True
         )
     merged.room, merged.capacity, merged.prefill_s = {(0, 1): 2000}, {(0, 1): 6000}, {(0, 1): prefill_s}
+    merged.page_tokens = {(0, 1): 16}
     return merged
 
 

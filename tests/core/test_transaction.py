@@ -24,7 +24,8 @@ class Refusal(Exception):
 
 def moved(free_tokens: int, *offers: dict[str, Any], staying: int = 0, proof: Any = ()) -> dict[str, Any]:
     """An engine's reply to `move`."""
-    rest = {"capacity_tokens": 0, "prefill_s": None, "intact": b"", "staying": staying, "proof": list(proof)}
+    rest = {"capacity_tokens": 0, "prefill_s": None, "intact": b"", "staying": staying, "page_tokens": 1,
+            "proof": list(proof)}  # fmt: skip
     return {"free_tokens": free_tokens, "offers": list(offers), **rest}
 
 
@@ -110,7 +111,7 @@ class Engine:
         free_tokens = lease + 1 if len(group) > 1 else len(self.own_free) + 1
         return moved(free_tokens, *offers, proof=self.prove() if proving and self.leads else ())
 
-    def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes) -> dict[str, Any]:
+    def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes, capacity: int) -> dict[str, Any]:
         admitted = {}
         for raw in packed:
             pages = self.own_free if len(self.group) == 1 else self.free[len(self.group)]
@@ -144,7 +145,8 @@ class Engine:
         return {"gone": [], "reclaimed": reclaimed, "free_pages": len(self.own_free)}
 
     def commit(
-        self, epoch: int, recipients: list[int], gone: Any, returned: Any, extend: int, intact: bytes
+        self, epoch: int, recipients: list[int], gone: Any, returned: Any, extend: int, intact: bytes,
+        capacity: dict[int, int],
     ) -> dict[str, Any]:
         self.epoch, self.preparing = epoch, None
         for width, pages in returned.items():

@@ -145,3 +145,14 @@ def test_streaming_input_sessions_are_refused(server: Server) -> None:
         asyncio.run(server.router.admit(chunk))
     chunk.resumable = False
     asyncio.run(server.router.admit(chunk))
+
+
+def test_a_limit_that_only_fills_the_context_is_met_by_the_largest_group(server: Server) -> None:
+    server.announce([[0], [1], [2, 3]])
+    params = SimpleNamespace(max_tokens=4096 - len(PROMPT), extra_args=None)
+    chat = SimpleNamespace(
+        prompt_token_ids=PROMPT, sampling_params=params, data_parallel_rank=None, cache_salt=None, priority=0
+    )
+    server.router.route(chat)
+    assert chat.data_parallel_rank == 2
+    assert params.max_tokens == 4096 - len(PROMPT), "the engine grants what its group holds at the time"

@@ -44,8 +44,8 @@ class Engines:
             raise RuntimeError("this engine is out of sorts")
         replies: dict[str, Any] = {
             "prepare": {"free_pages": 8, "returnable_pages": 0, "begun": 3, "paused_widths": []},
-            "move": {"free_tokens": 64, "capacity_tokens": 64, "prefill_s": None, "offers": [], "staying": 0,
-                     "proof": [], "intact": b""},
+            "move": {"free_tokens": 64, "capacity_tokens": 64, "page_tokens": 16, "prefill_s": None, "offers": [],
+                     "staying": 0, "proof": [], "intact": b""},
             "prove": [{"engine": e, "tp_rank": e, "tp_size": 2} for e in range(2)],
             "commit": {"handover": {}, "kv_tokens": 128},
             "collect": None,

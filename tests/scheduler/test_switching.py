@@ -16,7 +16,7 @@ from vllm_flying.scheduler.aborts import MOST, UnknownAborts
 
 DP, TP = [(0,), (1,)], [(0, 1)]
 PAGES = 10
-"""Of 16 tokens, per engine."""
+"""Of 16 tokens, per engine: 160 tokens, and 320 in a group."""
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,71 @@ def test_unknown_aborts_are_few_short_lived_and_not_of_later_requests(monkeypatc
     now[0] += aborts.LIMIT_S + 1
     unknown.note(["s"])
     assert len(unknown) == 1
+
+
+def test_a_begun_request_that_would_outgrow_its_group_stays_and_holds_up_nobody(server: SteppedServer) -> None:
+    server.switch(TP)
+    server.send(0, make_request("long", 60, 160))
+    server.step(2)
+    assert "finds room" in (server.switch(DP).failure or ""), "alone it would be stranded: undone"
+    server.send(0, make_request("short", 20, 40))
+    server.step(2)
+    split = server.switch(DP)
+    assert set(split.journey.arrived) == {"short"} and split.journey.unplaced == 1
+    server.step(60)
+    server.send(0, make_request("later", 20, 3))
+    server.step(10)
+    assert server.finished == {"short": "length", "later": "length"}
+    server.switch(TP)
+    server.step(170)
+    assert server.finished["long"] == "length" and not server.unfinished
+
+
+def test_a_begun_request_does_not_go_where_one_that_stays_has_the_pages(server: SteppedServer) -> None:
+    server.switch(TP)
+    server.send(0, make_request("long", 60, 160))
+    server.send(0, make_request("middle", 20, 120))
+    server.send(0, make_request("short", 20, 20))
+    server.step(2)
+    assert set(server.switch(DP).journey.arrived) == {"short"}, "an engine could hold the middle one but for the long one"
+
+
+def test_a_limit_that_only_fills_the_context_ends_where_the_group_is_full(server: SteppedServer) -> None:
+    server.switch(TP)
+    request = server.send(0, make_request("chat", 60))
+    server.step(2)
+    assert request.max_tokens == 2 * PAGES * 16 - 60
+    assert server.switch(DP).journey.arrived
+    (moved,) = (r for engine in server.engines for r in engine.facade.active.requests.values())
+    assert moved.max_tokens == PAGES * 16 - 60
+    server.send(0, make_request("later", 20, 3))
+    server.step(110)
+    assert moved.num_tokens == PAGES * 16 and server.finished == {"chat": "length", "later": "length"}
+    server.send(0, other := make_request("other", 60))
+    server.step(2)
+    assert other.max_tokens == PAGES * 16 - 60
+    server.switch(TP)
+    (other,) = server.engines[0].facade.active.requests.values()
+    assert other.max_tokens == 2 * PAGES * 16 - 60, "a wider group grants more"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_fresh_request_that_no_engine_holds_waits_aside_for_a_wider_group(server: SteppedServer, late: bool) -> None:
+    server.switch(TP)
+    long = make_request("long", 100, 120)
+    if not late:
+        server.send(0, long)
+    server.send(0, make_request("chat", 100))
+    server.switch(DP)
+    if late:  # routed before the switch
+        server.send(0, long)
+    for engine in (0, 1):
+        server.send(engine, make_request(f"short {engine}", 20, 3))
+    server.step(80)
+    assert server.finished == {"chat": "length", "short 0": "length", "short 1": "length"}
+    statuses = [engine.agent.status() for engine in server.engines]
+    assert sum(status["waiting"] for status in statuses) == 1
+    assert max(status["largest_request"] for status in statuses) == 220, "a policy that looks after it merges"
+    server.switch(TP)
+    server.step(130)
+    assert server.finished["long"] == "length" and not server.unfinished

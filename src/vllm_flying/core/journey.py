@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_flying.core.contents import common
-from vllm_flying.core.migration import Offer, place_offers
+from vllm_flying.core.migration import Offer, lasting_capacity, place_offers
 from vllm_flying.core.pricing import MoveRates, Price, to_recompute
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
@@ -42,7 +42,8 @@ class Journey:
     room: dict[Group, int] = field(default_factory=dict)
     """Free KV tokens of the target groups."""
     capacity: dict[Group, int] = field(default_factory=dict)
-    """All their KV tokens."""
+    """KV tokens of all their members' pages, but for pages that requests keep which have to stay."""
+    page_tokens: dict[Group, int] = field(default_factory=dict)
     prefill_s: dict[Group, float | None] = field(default_factory=dict)
     """Seconds per prompt token there, if known."""
     recomputed: set[str] = field(default_factory=set)
@@ -86,14 +87,17 @@ class Journey:
         if engine == group[0]:
             self.room[group] = reply["free_tokens"]
             self.capacity[group] = reply["capacity_tokens"]
+            self.page_tokens[group] = reply["page_tokens"]
             self.prefill_s[group] = reply["prefill_s"]
 
     def admissions(self, groups: Sequence[Group]) -> list[Call]:
         """Offers to the leaders that have room for them."""
         begin_again = {offer.request_id for offer in self.offers.values() if offer.begins_again}
         self.recomputed = begin_again | self._cheaper_anew()
-        room = {group: self.room.get(group, 0) for group in groups}
-        placed, unplaced = place_offers(list(self.offers.values()), room, self.recomputed)
+        offers = list(self.offers.values())
+        self.capacity = lasting_capacity(offers, self.capacity, self.page_tokens)
+        room = {group: self.room[group] for group in groups}
+        placed, unplaced = place_offers(offers, room, self.capacity, self.recomputed)
         if self.last_resort:
             for offer in unplaced:
                 self._place_anew(offer, placed)
@@ -106,6 +110,7 @@ class Journey:
                     "packed": [offer.packed for offer in offers],
                     "recomputed": [o.request_id for o in offers if o.request_id in self.recomputed],
                     "intact": self._intact(group),
+                    "capacity": self.capacity[group],
                 },
             )
             for group, offers in placed.items()
@@ -131,7 +136,7 @@ class Journey:
 
     def _place_anew(self, offer: Offer, placed: dict[Group, list[Offer]]) -> None:
         """Let a request begin again in the group that can hold it and has least to do."""
-        able = [g for g in placed if set(g) & set(offer.source) and self.capacity.get(g, 0) >= offer.most_tokens]
+        able = [g for g in placed if set(g) & set(offer.source) and self.capacity[g] >= offer.most_tokens]
         if able and offer.recomputable:
             self.recomputed.add(offer.request_id)
             placed[min(able, key=lambda group: (len(placed[group]) / len(group), group))].append(offer)
@@ -190,6 +195,7 @@ class Journey:
             "returned": returned,
             "extend": self._extension(group),
             "intact": self._intact(group),
+            "capacity": {group[0]: tokens for group, tokens in self.capacity.items()},
         }
 
     def _intact(self, group: Group) -> bytes:

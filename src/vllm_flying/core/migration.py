@@ -32,7 +32,7 @@ class Offer:
     kv_bytes: int = 0
     """Bytes of its KV, on all members of `source` together."""
     most_tokens: int = 0
-    """KV tokens that it may come to need."""
+    """KV tokens that a group must be able to hold to take it: see `core.lengths`."""
     recomputable: bool = False
     begins_again: bool = False
     """Its KV is of no use elsewhere: it is computed again wherever it goes."""
@@ -78,19 +78,20 @@ class Units:
 
 
 def place_offers(
-    offers: Sequence[Offer], room: Mapping[Group, int], recomputed: Collection[str] = ()
+    offers: Sequence[Offer], room: Mapping[Group, int], capacity: Mapping[Group, int], recomputed: Collection[str] = ()
 ) -> tuple[dict[Group, list[Offer]], list[Offer]]:
     """Which target group takes each offer, and the offers that none can.
 
-    `room` is the free KV tokens of each target group; `recomputed` requests wait for theirs where they go. A request
-    goes to a group that shares an engine with its source, the emptiest by engine; urgent and early ones choose first.
+    `room` is the free KV tokens of each target group, `capacity` what it will hold at most; `recomputed` requests wait
+    for theirs where they go. A request goes to a group that shares an engine with its source, the emptiest by engine;
+    urgent and early ones choose first. Where a request might outgrow the group it doesn't go.
     """
     left = dict(room)
     placed: dict[Group, list[Offer]] = {group: [] for group in room}
     unplaced = []
     for offer in sorted(offers, key=lambda offer: (offer.priority, offer.arrival_time, offer.request_id)):
         tokens = 0 if offer.request_id in recomputed else offer.tokens
-        fitting = [group for group in left if set(group) & set(offer.source) and left[group] > tokens]
+        fitting = [group for group in left if left[group] > tokens and _can_hold(group, offer, capacity)]
         if not fitting:
             unplaced.append(offer)
             continue
@@ -98,6 +99,31 @@ def place_offers(
         left[best] -= tokens
         placed[best].append(offer)
     return placed, unplaced
+
+
+def lasting_capacity(
+    offers: Sequence[Offer], capacity: Mapping[Group, int], page_tokens: Mapping[Group, int]
+) -> dict[Group, int]:
+    """KV tokens of each target group once all offers that some group can hold have left their pages.
+
+    `capacity` counts all pages of the members, `page_tokens` the tokens of a page there. Other offers keep their pages.
+    """
+    lasting = dict(capacity)
+    while True:
+        staying = [offer for offer in offers if not any(_can_hold(group, offer, lasting) for group in lasting)]
+        held = {group: max(_pages_held(staying, member) for member in group) for group in lasting}
+        shrunk = {group: capacity[group] - held[group] * page_tokens[group] for group in lasting}
+        if shrunk == lasting:
+            return lasting
+        lasting = shrunk
+
+
+def _can_hold(group: Group, offer: Offer, capacity: Mapping[Group, int]) -> bool:
+    return bool(set(group) & set(offer.source)) and capacity[group] >= offer.most_tokens
+
+
+def _pages_held(offers: Sequence[Offer], engine: int) -> int:
+    return len({(offer.source, page) for offer in offers if engine in offer.source for page in offer.pages})
 
 
 def units_per_page(span: Group, kernel_blocks: int) -> int:

@@ -5,7 +5,7 @@ Pure: no torch, no vllm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_flying.core.topology import Group
@@ -70,6 +70,22 @@ def choose_group(
     if best is None:
         best = min(possible, key=lambda group: (group.load_per_engine, group.leader))
     return Route(best, width is None or len(best.engines) == width)
+
+
+def deal(
+    needed: Sequence[int], recipients: Sequence[int], capacity: Mapping[int, int]
+) -> dict[int, list[int]]:
+    """Places, in `needed`, of the requests that each recipient gets: in turn among those that can hold a request.
+
+    `needed` is each request's KV tokens, `capacity` what the recipients' groups hold. What none can hold goes to the one
+    that holds most, to be kept aside there.
+    """
+    dealt: dict[int, list[int]] = {recipient: [] for recipient in recipients}
+    for place, tokens in enumerate(needed):
+        most = max(capacity[recipient] for recipient in recipients)
+        able = [recipient for recipient in recipients if capacity[recipient] >= min(tokens, most)]
+        dealt[min(able, key=lambda recipient: len(dealt[recipient]))].append(place)
+    return dealt
 
 
 def groups_with_width(groups: Sequence[Group], width: int, num_engines: int) -> tuple[Group, ...]:

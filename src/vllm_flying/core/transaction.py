@@ -300,7 +300,8 @@ class SwitchTransaction:
             return None
         return (
             f"none of {len(self.journey.offers)} begun requests finds room in the new layout, whose free pages are too "
-            "few; wait until some finish, or drain instead of migrating"
+            "few, or whose groups are too small for what they may come to; wait until some finish, or drain instead of "
+            "migrating"
         )
 
     def _broken_proof(self) -> str | None:

@@ -17,6 +17,7 @@ from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from vllm_flying.core.affinity import Prefix, PrefixAffinity, prefix_keys
 from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint, urgent_width
+from vllm_flying.core.lengths import fills_context
 from vllm_flying.core.routing import GroupState, Route, candidates, choose_group, groups_with_width
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
@@ -143,14 +144,14 @@ class Router:
         return urgent_width(widths, self.settings.num_engines) if width is None and self._is_urgent(request) else width
 
     def _tokens(self, request: Any, state: BoardState) -> int:
-        """KV tokens that the request may need. A max_tokens that only fills the context is cut to what is there."""
+        """KV tokens that the request may need; of one that only fills the context, as many as there are: `core.lengths`."""
         prompt = len(request.prompt_token_ids or ())
         params = request.sampling_params
         if params is None or params.max_tokens is None:
             return prompt
         most = max(group.kv_tokens for group in state.groups)
-        if prompt + params.max_tokens >= self._max_model_len and prompt < most < prompt + params.max_tokens:
-            params.max_tokens = most - prompt
+        if fills_context(prompt, params.max_tokens, self._max_model_len) and prompt < most:
+            return min(most, prompt + int(params.max_tokens))
         return prompt + int(params.max_tokens)
 
     async def _form(self, width: int, reason: str) -> None:

@@ -17,11 +17,13 @@ from vllm.logger import init_logger
 from vllm_flying.core.contents import ALONE, PageContents, from_bitmap, to_bitmap
 from vllm_flying.core.leases import PageLeases, Pages, as_pages
 from vllm_flying.core.pricing import MoveRates
+from vllm_flying.core.routing import deal
 from vllm_flying.core.topology import Group
 from vllm_flying.scheduler import departures, registry
 from vllm_flying.scheduler.arrivals import Arrivals
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_requests, unpack_requests
+from vllm_flying.scheduler.limits import kv_tokens_needed
 from vllm_flying.scheduler.needs import unfinished_needs
 from vllm_flying.settings import Settings
 
@@ -237,7 +239,8 @@ class EngineAgent:
         pool = self.facade.pools[self.facade.active_width]
         return {
             "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
-            "capacity_tokens": self._kv_tokens(),
+            "capacity_tokens": (self._num_pages - 1) * self._page_tokens(self.facade.active_width),
+            "page_tokens": self._page_tokens(self.facade.active_width),
             "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
             "staying": staying,
@@ -313,11 +316,13 @@ class EngineAgent:
         self.leases.lend(width, virtual, physical)
         return virtual, physical
 
-    def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes) -> dict[str, Any]:
+    def admit(
+        self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes, capacity: int
+    ) -> dict[str, Any]:
         """Leaders: find pages for begun requests from other layouts, `recomputed` ones aside. `intact` as in `commit`."""
         self._check_prepared(epoch)
         self._confirm_prefixes(intact)
-        return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens, recomputed)}
+        return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens, capacity, recomputed)}
 
     @cached_property
     def _kernel_block_tokens(self) -> int:
@@ -353,12 +358,14 @@ class EngineAgent:
         returned: dict[int, list[int]] | None = None,
         extend: int = 0,
         intact: bytes = b"",
+        capacity: dict[int, int] | None = None,
     ) -> dict[str, Any]:
         """The switch holds: step again, and deal the fresh requests kept aside out to `recipients` in turn.
 
         `gone`: requests that were aborted on their way; `returned`: pages of former groups that nobody holds any
         more; `extend`: how many free pages every member of the present group lends it now; `intact`: bitmap of the
-        group's pages that hold, on every member, what the group wrote into them before.
+        group's pages that hold, on every member, what the group wrote into them before; `capacity`: KV tokens that
+        the groups of recipients will hold.
         """
         self._check_prepared(epoch)
         self.epoch = epoch
@@ -366,21 +373,27 @@ class EngineAgent:
         self._confirm_prefixes(intact)
         self._take_reclaimed(returned or {})
         lent = self._lend(extend) if extend else None
+        self.facade.resize(self._kv_tokens() + extend * self._page_tokens(self.facade.active_width))
         dropped = self.arrivals.commit(gone or [])
         if dropped:
             self._call_workers("flying_together", ("forget", {self.facade.active_width: dropped}))
         self._go_on()
-        held = self.facade.take_held()
-        handover: dict[str, bytes] = {}
-        for index, recipient in enumerate(recipients):
-            share = held[index :: len(recipients)]
+        handover = self._deal(recipients, {int(leader): tokens for leader, tokens in (capacity or {}).items()})
+        lent_bytes = [pages.tobytes() for pages in lent] if lent else None
+        return {"handover": handover, "lent": lent_bytes, "kv_tokens": self._kv_tokens()}
+
+    def _deal(self, recipients: list[int], capacity: dict[int, int]) -> dict[str, bytes]:
+        """What was kept aside, this engine's share placed; returns the others' shares."""
+        held, handover = self.facade.take_held(), {}
+        needed = [kv_tokens_needed(request, self.facade.max_model_len) for request in held]
+        for recipient, places in deal(needed, recipients, capacity).items():
+            share = [held[place] for place in places]
             if recipient == self.engine:
                 for request in share:
                     self.facade.place(request)
             elif share:
                 handover[str(recipient)] = pack_requests(share)
-        lent_bytes = [pages.tobytes() for pages in lent] if lent else None
-        return {"handover": handover, "lent": lent_bytes, "kv_tokens": self._kv_tokens()}
+        return handover
 
     def _confirm_prefixes(self, intact: bytes) -> None:
         if len(self.group) > 1 and not self.facade.parked:

@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import unpack_begun
+from vllm_flying.scheduler.limits import grant
 
 logger = init_logger("vllm.flying.engine")
 
@@ -29,10 +30,11 @@ class Arrivals:
         self._aborted: set[str] = set()
 
     def admit(
-        self, packed: Sequence[bytes], kernel_block_tokens: int, recomputed: Collection[str] = ()
+        self, packed: Sequence[bytes], kernel_block_tokens: int, capacity: int, recomputed: Collection[str] = ()
     ) -> dict[str, Any]:
         """Allocate pages in the active layout; what finds no room is left out. `recomputed` requests need none yet.
 
+        `capacity`: KV tokens that the layout will hold, which limits what requests grow to.
         Returns for each admitted request its pages and the kernel blocks that must be copied into them.
         """
         admitted = {}
@@ -40,6 +42,7 @@ class Arrivals:
             request = unpack_begun(raw, self._facade.structured_output_manager)
             if request is None:
                 continue
+            grant(request, capacity)
             if request.request_id in recomputed:
                 request.num_computed_tokens = 0
                 request.num_preemptions += 1  # or it would look like one that no worker has seen

@@ -14,6 +14,7 @@ from vllm_flying.core import pricing
 from vllm_flying.core.pricing import MoveRates
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_begun
+from vllm_flying.scheduler.limits import kv_tokens_needed
 
 
 def paused_widths(facade: FlyingScheduler) -> list[int]:
@@ -73,7 +74,7 @@ def make_offer(facade: FlyingScheduler, width: int, request: Request, state: byt
         "priority": request.priority,
         "arrival_time": request.arrival_time,
         "kv_bytes": len(pages) * page_bytes(facade) * width,
-        "most_tokens": request.num_prompt_tokens + request.max_tokens,
+        "most_tokens": kv_tokens_needed(request, facade.max_model_len),
         "begins_again": begins_again,
         # Prompt logprobs are collected on the way through the prompt: halfway, they would be collected twice.
         "recomputable": begins_again or request.sampling_params.prompt_logprobs is None,

@@ -25,6 +25,7 @@ from vllm_flying.core.topology import available_widths
 from vllm_flying.scheduler import registry
 from vllm_flying.scheduler.aborts import UnknownAborts
 from vllm_flying.scheduler.deferral import Deferral
+from vllm_flying.scheduler.limits import grant, grant_more, kv_tokens_needed
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
 from vllm_flying.scheduler.preemption import preempt_all
@@ -70,6 +71,9 @@ class FlyingScheduler(SchedulerInterface):
             self.schedulers[width] = scheduler
             self.pools[width] = PagePool(scheduler.kv_cache_manager.block_pool, owns_all=width == 1)
             self._hashers[width] = self._hasher(sizes[1])
+        self.max_model_len: int = vllm_config.model_config.max_model_len
+        self.kv_tokens = self.pools[1].num_owned * int(block_size)
+        """What this engine's group can hold, pages included that are just being lent to it."""
         self.engine_tp = settings.engine_tp
         self.num_engines = settings.num_engines
         self.active_width = 1
@@ -80,6 +84,7 @@ class FlyingScheduler(SchedulerInterface):
         self.stopped = False
         """A switch is being prepared: no steps."""
         self.held: list[Request] = []
+        """Kept aside: for the next layout, for the leader, or for a group that can hold them."""
         self.meter = EngineMeter(self.schedulers)
         self.deferral = Deferral(settings.deferred_limit_s)
         self._defers = settings.policy in URGENT_POLICIES
@@ -128,8 +133,17 @@ class FlyingScheduler(SchedulerInterface):
         self.place(request)
 
     def place(self, request: Request) -> None:
-        """Give a fresh request of this or another engine to the active scheduler, or keep it aside."""
+        """Give a fresh request of this or another engine to the active scheduler, or keep it aside.
+
+        What this group can't hold is kept aside until the next switch: in a scheduler, all others would wait behind it.
+        """
         if self.holding or self.parked:
+            self.held.append(request)
+        elif (needed := kv_tokens_needed(request, self.max_model_len)) > self.kv_tokens:
+            logger.warning(
+                "Request %s may need %d tokens of KV cache, of which there are %d here: it waits for a wider group.",
+                request.request_id, needed, self.kv_tokens,
+            )  # fmt: skip
             self.held.append(request)
         else:
             self.admit(request, self.active_width)
@@ -139,8 +153,15 @@ class FlyingScheduler(SchedulerInterface):
         hashed_alone = request._block_hasher is not None and request._block_hasher not in self._hashers.values()
         if width > 1 or not hashed_alone:  # the engine core has hashed every request for width 1
             self.rehash(request, width)
+        grant(request, self.kv_tokens)
         self.schedulers[width].add_request(request)
         self.note_urgent(request)
+
+    def resize(self, kv_tokens: int) -> None:
+        """This engine's group can hold `kv_tokens` from now on."""
+        self.kv_tokens = kv_tokens
+        for request in self.active.requests.values():
+            grant_more(request, kv_tokens)
 
     def note_urgent(self, request: Request) -> None:
         """A request has entered a scheduler: others may have to stand back."""

@@ -9,24 +9,20 @@ from typing import Any
 
 from vllm_flying.core.hints import HINT_KEY, HintError, parse_hint, urgent_width
 from vllm_flying.scheduler.facade import FlyingScheduler
+from vllm_flying.scheduler.limits import kv_tokens_expected
 
 
 def unfinished_needs(facade: FlyingScheduler) -> dict[str, Any]:
     """Prompt tokens still to be computed, KV tokens of the largest request, and the widest group anyone wants."""
     requests = [request for scheduler in facade.schedulers.values() for request in scheduler.requests.values()]
     requests += facade.held
+    longest = max((kv_tokens_expected(request, facade.max_model_len) for request in requests), default=0)
     widths = set(facade.schedulers)
     return {
         "prompt_tokens_queued": sum(max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in requests),
-        "largest_request": max((_kv_tokens_soon(r) for r in requests), default=0),
+        "largest_request": longest,
         "wanted_width": max((wanted_width(r, widths, facade.engine_tp, facade.num_engines) for r in requests), default=1),
     }
-
-
-def _kv_tokens_soon(request: Any) -> int:
-    """What a request holds or will before long: a limit of max_tokens that just fills the context says nothing."""
-    grown = request.num_tokens + request.num_tokens // 4 + 64
-    return int(min(grown, request.num_prompt_tokens + request.max_tokens))
 
 
 def wanted_width(request: Any, widths: set[int], engine_tp: int, num_engines: int) -> int:

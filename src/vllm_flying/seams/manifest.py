@@ -200,7 +200,8 @@ USED = [
             "Request.update_block_hashes", "Request.num_computed_tokens", "Request.structured_output_request",
             "RequestStatus", "Request.events", "Request.last_sched_seq", "Request.next_decode_eligible_step",
             "Request.num_output_tokens", "Request.num_preemptions",
-            "Request.num_in_flight_tokens", "Request.arrival_time", "Request.resumable",
+            "Request.num_in_flight_tokens", "Request.arrival_time", "Request.max_tokens",
+            "Request.resumable",
             "Request._output_token_ids", "Request._all_token_ids", "Request.append_output_token_ids"),
     Symbol("vllm.v1.structured_output", "StructuredOutputManager", "the facade"),
     Symbol("vllm.v1.structured_output", "StructuredOutputManager.grammar_init", "grammars between engines"),
@@ -212,6 +213,7 @@ USED = [
     Symbol("vllm.v1.structured_output.request", "StructuredOutputRequest.from_sampling_params",
            "grammars between engines"),
     Symbol("vllm.v1.structured_output.request", "StructuredOutputRequest", "grammars between engines"),
+    Symbol("vllm.sampling_params", "SamplingParams.max_tokens", "how long a request may get"),
     # Front end
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM", "admission"),
     *_group("vllm.v1.engine.core_client", "routing", "DPLBAsyncMPClient", "DPLBAsyncMPClient.reqs_in_flight",
