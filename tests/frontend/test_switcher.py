@@ -43,7 +43,7 @@ class Engines:
     def move(self, engine: int, group: list[int], offering: bool, **_: Any) -> dict[str, Any]:
         self.group = group
         offers = self.offers if engine == 0 and offering else []
-        return {"free_tokens": self.room, "capacity_tokens": 100, "prefill_s": None, "offers": offers, "staying": 0,
+        return {"free_tokens": self.room, "capacity_tokens": 100, "prefill_s": None, "offers": offers, "staying": 0, "page_tokens": 1,
                 "proof": [], "intact": b""}  # fmt: skip
 
     def admit(self, engine: int, packed: list[bytes], **_: Any) -> dict[str, Any]:

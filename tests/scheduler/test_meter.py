@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.support.checkpoints import make_checkpoint
+from tests.support.stepping import SteppedServer, make_config
 from vllm_flying.scheduler import meter as module
-from vllm_flying.scheduler import registry
-from vllm_flying.scheduler.agent import EngineAgent
 from vllm_flying.scheduler.meter import EngineMeter
-from vllm_flying.settings import Settings
 
 
 def request(arrival_time: float, finished: bool = True) -> Any:
@@ -44,18 +44,10 @@ def test_requests_of_one_group_are_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (report["requests_served"], report["seconds_served"]) == (2, 5.0), "one began in another group"
 
 
-def test_a_commit_begins_another_group() -> None:
-    meter = EngineMeter([1])
-    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0))
-    pool = SimpleNamespace(num_owned=4)
-    facade = SimpleNamespace(
-        meter=meter, pools={1: pool}, schedulers={1: SimpleNamespace(block_size=16)}, active=None, parked=False,
-        active_width=1, take_held=list,
-    )  # fmt: skip
-    agent = EngineAgent(config, Settings(num_engines=2), call_workers=lambda *_: pytest.fail("nothing moved"))
-    registry.register(config, facade)
-    agent._preparing = 7
+def test_a_commit_begins_another_group(checkpoints: Path) -> None:
+    server = SteppedServer(make_config(make_checkpoint("llama", checkpoints), 2), 2, pages=8)
     before = time.time()
-    agent.commit(7, recipients=[])
+    server.switch([(0, 1)])
+    meter = server.engines[0].facade.meter
     step(meter, request(before - 1.0), request(time.time()))
     assert (meter.requests_finished, meter.requests_served) == (2, 1)

@@ -74,9 +74,7 @@ class Deferral:
             self._set_aside(scheduler)
 
     def _set_aside(self, scheduler: Any) -> None:
-        # Stock vLLM queues a streaming-input session itself when a result ends its turn, and it must not be twice in line.
-        running = [request for request in scheduler.running
-                   if request.priority >= 0 and not (request.resumable and request.num_in_flight_tokens)]  # fmt: skip
+        running = [request for request in scheduler.running if request.priority >= 0]
         queued = [request for queue in (scheduler.kv_holding_waiting, scheduler.waiting) for request in queue
                   if request.priority >= 0 and request.status in MOVABLE]  # fmt: skip
         for request in running:

@@ -201,7 +201,6 @@ USED = [
             "RequestStatus", "Request.events", "Request.last_sched_seq", "Request.next_decode_eligible_step",
             "Request.num_output_tokens", "Request.num_preemptions",
             "Request.num_in_flight_tokens", "Request.arrival_time", "Request.max_tokens",
-            "Request.resumable",
             "Request._output_token_ids", "Request._all_token_ids", "Request.append_output_token_ids"),
     Symbol("vllm.v1.structured_output", "StructuredOutputManager", "the facade"),
     Symbol("vllm.v1.structured_output", "StructuredOutputManager.grammar_init", "grammars between engines"),
