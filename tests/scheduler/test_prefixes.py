@@ -46,8 +46,8 @@ class Member:
 
     def call_workers(self, method: str, arguments: tuple[Any, ...], non_block: bool = False) -> Any:
         if method == "flying_release":
-            MEMBERS[1].released = arguments
-        return SimpleNamespace(result=lambda: [self.released])
+            MEMBERS[1].released = (*arguments, [])
+        return [[]] if not non_block else SimpleNamespace(result=lambda: [self.released])
 
     def physical(self, width: int, page: int) -> int:
         return page if width == 1 else int(self.agent.leases.physical(2, [page])[0])
@@ -105,7 +105,7 @@ class Prefixes(RuleBasedStateMachine):
         room = NUM_PAGES - 1 - len(MEMBERS[0].agent.leases.virtual_pages(2))
         lease = max(0, min(free, room) - fewer)
         self.epoch += 1
-        intact = [member.agent._join(GROUP, lease, self.epoch) for member in MEMBERS]
+        intact = [member.agent._join(GROUP, lease, self.epoch, False)[0] for member in MEMBERS]
         if undone:
             self.split()
             return

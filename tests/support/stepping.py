@@ -63,16 +63,18 @@ class SteppedEngine:
 
     def _call_workers(self, method: str, arguments: tuple[Any, ...] = (), non_block: bool = False) -> Any:
         group = self.agent.group
+        alone = [{"engine": self.agent.engine, "tp_size": 1, "tp_rank": 0}]
         if method == "flying_release":
             for member in group:
                 self._everyone[member].released = arguments
+            return [alone]
         if method == "flying_follow":
-            return SimpleNamespace(result=lambda: [self.released])
+            return SimpleNamespace(result=lambda: [(*self.released, alone)])
         if method == "flying_export":
             return [{}]
         if method == "flying_kernel_block_tokens":
             return [PAGE_TOKENS]
-        if method == "flying_together" and arguments[0] == "prove":
+        if (method, arguments[0]) in (("flying_together", "prove"), ("flying_lead", len(group))):
             return [[{"engine": e, "tp_size": len(group), "tp_rank": rank} for rank, e in enumerate(group)]]
         return [{"bytes": 0, "seconds": 0.0}]
 

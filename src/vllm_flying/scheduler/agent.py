@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from vllm.logger import init_logger
@@ -30,6 +30,8 @@ from vllm_flying.settings import Settings
 logger = init_logger("vllm.flying.engine")
 
 WorkerCall = Callable[..., Any]
+Proof = list[dict[str, Any]]
+"""What the workers of a group say they are."""
 
 
 class SwitchRefused(RuntimeError):
@@ -233,9 +235,13 @@ class EngineAgent:
         """
         self._check_prepared(epoch)
         self._drop_arrivals()
-        self._leave()
+        proof = self._leave()
         offers, staying = self._offers(tuple(group)) if offering else ([], 0)
-        intact = self._join(tuple(group), lease, epoch)
+        intact = as_pages([])
+        if len(group) > 1:
+            intact, proof = self._join(tuple(group), lease, epoch, proving)
+        elif proving and not proof:
+            proof = self.prove()
         pool = self.facade.pools[self.facade.active_width]
         return {
             "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
@@ -244,7 +250,7 @@ class EngineAgent:
             "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
             "staying": staying,
-            "proof": self.prove() if proving and not self.facade.parked else [],
+            "proof": proof if proving else [],
             "intact": to_bitmap(intact, self._num_pages),
         }
 
@@ -270,42 +276,41 @@ class EngineAgent:
         ]
         return offers, staying
 
-    def _leave(self) -> None:
+    def _leave(self) -> Proof:
+        """Returns what the workers say once they are alone again; nothing if they were before."""
         facade, width = self.facade, len(self.group)
         if width == 1:
-            return
+            return []
         if facade.parked:
-            returned, written = self._parked_call.result()[0]
+            returned, written, proof = cast("tuple[Pages, Pages, Proof]", self._parked_call.result()[0])
             self._parked_call = None
             facade.parked = False
         else:
             pool = facade.pools[width]
             returned, written = pool.withdraw(pool.num_free), pool.take_written()
-            self._call_workers("flying_release", (returned, written))
+            proof = cast(Proof, self._call_workers("flying_release", (returned, written))[0])
             facade.active_width = 1
         self.contents.written(width, self.leases.physical(width, written))
         physical = self.leases.take_back(width, returned)
         facade.pools[1].deposit(physical)
         facade.pools[1].confirm(physical[~np.isin(returned, written)])
         self.group = (self.engine,)
+        return proof
 
-    def _join(self, group: Group, lease: int, epoch: int) -> Pages:
+    def _join(self, group: Group, lease: int, epoch: int, proving: bool) -> tuple[Pages, Proof]:
         """Returns the group's pages that still hold what the group wrote last, as far as this engine knows."""
         self.group = group
-        width = len(group)
-        if width == 1:
-            return as_pages([])
-        facade = self.facade
+        facade, width, proof = self.facade, len(group), []
         virtual, physical = self._lend(lease)
         arguments = (width, virtual, physical, self._vllm_config.model_config.seed + epoch)
         if group[0] == self.engine:
-            self._call_workers("flying_lead", arguments)
+            proof = self._call_workers("flying_lead", (*arguments, proving))[0]
             facade.pools[width].deposit(virtual)
             facade.active_width = width
         else:
             self._parked_call = self._call_workers("flying_follow", arguments, non_block=True)
             facade.parked = True
-        return self.contents.intact(width, virtual, physical)
+        return self.contents.intact(width, virtual, physical), proof
 
     def _lend(self, count: int) -> tuple[Pages, Pages]:
         """Lend `count` more free pages to the present group: its own numbers for them, and this engine's."""
@@ -334,9 +339,9 @@ class EngineAgent:
         replies: list[dict[str, Any]] = self._call_workers("flying_together", ("transfer", moves, states))
         return {"bytes": sum(r["bytes"] for r in replies), "seconds": max(r["seconds"] for r in replies)}
 
-    def prove(self) -> list[dict[str, Any]]:
-        """What the workers of this engine's group say they are; from leaders and engines by themselves."""
-        proofs: list[list[dict[str, Any]]] = self._call_workers("flying_together", ("prove",))
+    def prove(self) -> Proof:
+        """From leaders and engines by themselves."""
+        proofs: list[Proof] = self._call_workers("flying_together", ("prove",))
         return proofs[0]
 
     def release(self, epoch: int, departed: dict[int, list[str]], forget: dict[int, list[str]]) -> dict[str, Any]:

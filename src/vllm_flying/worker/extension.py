@@ -183,14 +183,19 @@ class WorkerExtension(GroupCalls):
 
     # ---- switch calls ---------------------------------------------------------------------------------------------
 
-    def flying_lead(self, width: int, virtual: Pages, physical: Pages, seed: int) -> None:
-        """Leading engine: act in the group of `width` from now on."""
+    def flying_lead(self, width: int, virtual: Pages, physical: Pages, seed: int, proving: bool) -> list[dict[str, Any]]:
+        """Leading engine: act in the group of `width` from now on; with `proving`, returns the group's proof."""
         self._flying_enter(width, virtual, physical, seed)
+        proof: list[dict[str, Any]] = self.flying_together("prove") if proving else []
+        return proof
 
-    def flying_follow(self, width: int, virtual: Pages, physical: Pages, seed: int) -> tuple[Pages, Pages]:
+    def flying_follow(
+        self, width: int, virtual: Pages, physical: Pages, seed: int
+    ) -> tuple[Pages, Pages, list[dict[str, Any]]]:
         """Other engines: run what the leader relays until it leaves.
 
-        Returns the virtual pages that the leader gave back, and those that it wrote since the group was formed.
+        Returns the virtual pages that the leader gave back, those that it wrote since the group was formed, and the
+        proof of being alone again.
         """
         layout = self._flying_enter(width, virtual, physical, seed)
         assert layout.relay is not None
@@ -199,8 +204,7 @@ class WorkerExtension(GroupCalls):
             method, payload = layout.relay.receive(leader_pid)
             if method == "leave":
                 returned, written = payload
-                self._flying_leave(returned)
-                return returned, written
+                return returned, written, self._flying_leave(returned)
             if method == "execute_model":
                 super().execute_model(layout.pages.translate(payload))  # type: ignore[misc]
             elif method == "sample_tokens":
@@ -208,12 +212,12 @@ class WorkerExtension(GroupCalls):
             else:
                 self._flying_do(method, payload)
 
-    def flying_release(self, returned: Pages, written: Pages) -> None:
-        """Leading engine: end the group; every member takes its pages behind `returned` back."""
+    def flying_release(self, returned: Pages, written: Pages) -> list[dict[str, Any]]:
+        """Leading engine: end the group; every member takes its pages behind `returned` back. Proof of being alone."""
         relay = self._flying.active.relay
         assert relay is not None
         relay.send("leave", (returned, written))
-        self._flying_leave(returned)
+        return self._flying_leave(returned)
 
     def flying_memory(self) -> dict[str, Any]:
         """Bytes of weights and KV in this worker, over unique storages."""
@@ -227,6 +231,7 @@ class WorkerExtension(GroupCalls):
         seed_sampling(self.device, seed)
         return layout
 
-    def _flying_leave(self, returned: Pages) -> None:
+    def _flying_leave(self, returned: Pages) -> list[dict[str, Any]]:
         self._flying.active.pages.remove(returned)
         self.model_runner = self._flying.activate(1).runner
+        return self._flying_do_prove()
