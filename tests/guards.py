@@ -32,8 +32,7 @@ class Guard:
 GUARDS = (
     Guard(
         6, "worker/extension.py",
-        "wide_cache_config.block_size = cache_config.block_size * layout.width",
-        "wide_cache_config.block_size = cache_config.block_size",
+        "layout.runner.initialize_kv_cache(wide, ", "layout.runner.initialize_kv_cache(kv_cache_config, ",
         "tests/engine/test_families.py -k qwen3",
     ),
     Guard(
