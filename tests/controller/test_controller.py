@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.core.test_topology import layouts
 from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.cost_model import StepCost, estimates
-from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker
+from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker, Totals
 from vllm_flying.controller.plan import allowed_layouts, least_width, uniform
 from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name, priority
 from vllm_flying.controller.response import Load, response_s
@@ -215,12 +215,12 @@ def test_a_width_that_has_not_run_costs_what_a_probe_does_not_see_as_well() -> N
 
 def test_rates_follow_counters() -> None:
     rates = RateTracker()
-    zero = {"requests_added": 0, "prompt_tokens_added": 0, "requests_finished": 0, "output_tokens_finished": 0}
-    rates.update(0.0, [zero, zero])
-    rates.update(1.0, [{**zero, "requests_added": 10, "prompt_tokens_added": 5000}, zero])
+    burst = Totals(requests_added=10, prompt_tokens_added=5000)
+    rates.update(0.0, Totals())
+    rates.update(1.0, burst)
     assert rates.arrival_rate >= 3.5 and rates.mean_prompt_tokens > 200
     for second in range(2, 60):
-        rates.update(float(second), [{**zero, "requests_added": 10, "prompt_tokens_added": 5000}, zero])
+        rates.update(float(second), burst)
     assert rates.arrival_rate < 0.1
 
 

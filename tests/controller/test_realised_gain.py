@@ -23,7 +23,13 @@ from vllm_flying.controller.realised_gain import (
 )
 from vllm_flying.controller.response import HORIZON_S, Load, response_s
 
-EARLIER = Totals(100, 90, 300.0, 9000, 4000)
+EARLIER = Totals(
+    requests_added=100,
+    requests_served=90,
+    seconds_served=300.0,
+    prompt_tokens_served=9000,
+    output_tokens_served=4000,
+)
 
 
 def after(time: float, totals: Totals, **of_first: Any) -> Observation:
@@ -34,7 +40,11 @@ def after(time: float, totals: Totals, **of_first: Any) -> Observation:
 def served(requests: int, seconds_each: float, added: int | None = None, prompt: int = 64, output: int = 32) -> Totals:
     """The totals after so many more requests than `EARLIER` has."""
     more = Totals(
-        requests if added is None else added, requests, requests * seconds_each, requests * prompt, requests * output
+        requests_added=requests if added is None else added,
+        requests_served=requests,
+        seconds_served=requests * seconds_each,
+        prompt_tokens_served=requests * prompt,
+        output_tokens_served=requests * output,
     )
     return Totals(*(getattr(EARLIER, name) + getattr(more, name) for name in vars(EARLIER)))
 

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.support.checkpoints import make_checkpoint
+from tests.support.stepping import PAGE_TOKENS, make_kv_cache_config
 from vllm_flying.scheduler import deferral as module
 from vllm_flying.scheduler.facade import FlyingScheduler
-
-BLOCK = 16
 
 
 class Engine:
@@ -33,10 +30,8 @@ class Engine:
     def __init__(self, config: VllmConfig, num_pages: int, in_flight_steps: int) -> None:
         config.scheduler_config.async_scheduling = in_flight_steps > 1
         config.cache_config.num_gpu_blocks = num_pages + 1
-        group = KVCacheGroupSpec(["layer"], FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32))
-        kv_cache_config = KVCacheConfig(num_pages + 1, kv_cache_tensors=[], kv_cache_groups=[group])
         manager = StructuredOutputManager(config)
-        self.facade = FlyingScheduler(config, kv_cache_config, manager, BLOCK, log_stats=False)
+        self.facade = FlyingScheduler(config, make_kv_cache_config(num_pages), manager, PAGE_TOKENS, log_stats=False)
         self.most = in_flight_steps
         self.in_flight: deque[tuple[Any, dict[str, list[int]]]] = deque()
         self.batch: set[str] = set()
@@ -47,6 +42,11 @@ class Engine:
         request = Request(name, [5] * prompt, params, None, priority=priority, arrival_time=float(len(self.all)))
         self.facade.add_request(request)
         return request
+
+    def begin(self, *requests: Request) -> None:
+        """Until every one of them has a token."""
+        while not all(request.num_output_tokens for request in requests):
+            self.turn()
 
     @property
     def all(self) -> dict[str, Request]:
@@ -132,8 +132,7 @@ in_flight_steps = pytest.mark.parametrize("in_flight_steps", [1, 2])
 def test_an_urgent_one_gets_the_pages_of_the_last(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
     engine = Engine(config, 10, in_flight_steps)
     others = [engine.add("a", 72, 8), engine.add("b", 72, 8)]
-    while not all(other.num_output_tokens for other in others):
-        engine.turn()
+    engine.begin(*others)
     urgent = engine.add("u", 20, 5, priority=-1)
     steps = engine.steps_until_done(urgent)
     assert steps.count([]) <= in_flight_steps
@@ -146,8 +145,7 @@ def test_an_urgent_one_gets_the_pages_of_the_last(config: VllmConfig, in_flight_
 def test_an_urgent_one_outgrows_what_is_free(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
     engine = Engine(config, 10, in_flight_steps)
     others = [engine.add("a", 60, 4), engine.add("b", 60, 4)]
-    while not all(other.num_output_tokens for other in others):
-        engine.turn()
+    engine.begin(*others)
     urgent = engine.add("u", 20, 40, priority=-1)
     steps = engine.steps_until_done(urgent)
     assert steps.count([]) <= 3 * in_flight_steps
@@ -159,8 +157,7 @@ def test_an_urgent_one_outgrows_what_is_free(config: VllmConfig, in_flight_steps
 def test_nobody_stands_back_for_what_no_pages_help(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
     engine = Engine(config, 10, in_flight_steps)
     other = engine.add("a", 60, 30)
-    while not other.num_output_tokens:
-        engine.turn()
+    engine.begin(other)
     engine.facade.pools[1].withdraw(4)  # held by another layout
     urgent = engine.add("u", 100, 5, priority=-1)
     assert engine.steps_until_done(other).count([]) <= 3 * in_flight_steps
@@ -199,8 +196,7 @@ def test_nobody_stands_back_while_a_grammar_is_compiled(
 def test_an_urgent_one_has_its_steps_to_itself(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
     engine = Engine(config, 40, in_flight_steps)
     others = [engine.add("a", 20, 30), engine.add("b", 40, 30)]
-    while not all(other.num_output_tokens for other in others):
-        engine.turn()
+    engine.begin(*others)
     urgent = engine.add("u", 20, 10, priority=-1)
     late = engine.add("c", 20, 5)
     assert engine.steps_until_done(urgent)[:10] == [["u"]] * 10
@@ -229,8 +225,7 @@ def test_who_goes_on_at_once_loses_no_token(
     for turns in range(in_flight_steps + 2):
         engine = Engine(config, 40, in_flight_steps)
         others = [engine.add("a", 20, 10), engine.add("b", 40, 10)]
-        while not all(other.num_output_tokens for other in others):
-            engine.turn()
+        engine.begin(*others)
         urgent = engine.add("u", 20, 5, priority=-1)
         engine.facade._update_deferral()
         for _ in range(turns):
@@ -255,8 +250,7 @@ def test_who_goes_on_at_once_loses_no_token(
 def test_a_pause_lets_begun_ones_end(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
     engine = Engine(config, 40, in_flight_steps)
     other = engine.add("a", 20, 10)
-    while not other.num_output_tokens:
-        engine.turn()
+    engine.begin(other)
     urgent = engine.add("u", 20, 5, priority=-1)
     engine.facade._update_deferral()
     engine.facade.set_pause_state(PauseState.PAUSED_NEW)
@@ -273,8 +267,7 @@ def test_a_pause_lets_begun_ones_end(config: VllmConfig, in_flight_steps: int, n
 def test_an_urgent_one_finds_a_slot_in_a_full_batch(config: VllmConfig, in_flight_steps: int, now: list[float]) -> None:
     engine = Engine(config, 40, in_flight_steps)
     others = [engine.add(str(number), 20, 10) for number in range(8)]
-    while not all(other.num_output_tokens for other in others):
-        engine.turn()
+    engine.begin(*others)
     urgent = engine.add("u", 20, 5, priority=-1)
     engine.steps_until_done(urgent, *others)
     assert_complete(urgent, *others)
@@ -285,8 +278,7 @@ def test_resetting_prefixes_takes_all_pages_back(config: VllmConfig, in_flight_s
     for stands_back in (True, False):
         engine = Engine(config, 40, in_flight_steps)
         others = [engine.add("a", 20, 10), engine.add("b", 40, 10)]
-        while not all(other.num_output_tokens for other in others):
-            engine.turn()
+        engine.begin(*others)
         urgent = engine.add("u", 20, 10, priority=-1)
         engine.turn()
         engine.turn()

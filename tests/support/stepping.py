@@ -44,6 +44,12 @@ def make_request(name: str, prompt_tokens: int, max_tokens: int | None = None) -
     return Request(name, prompt, SamplingParams(max_tokens=limit, ignore_eos=True), None)
 
 
+def make_kv_cache_config(pages: int) -> KVCacheConfig:
+    """Of so many pages beside vLLM's null page."""
+    spec = FullAttentionSpec(block_size=PAGE_TOKENS, num_kv_heads=4, head_size=1, dtype=torch.float32)
+    return KVCacheConfig(pages + 1, [], [KVCacheGroupSpec(["layer"], spec)])
+
+
 class SteppedEngine:
     """One engine; `started` and `resumed` say what its workers were told of requests."""
 
@@ -51,10 +57,8 @@ class SteppedEngine:
         self.config = copy.deepcopy(config)
         self.config.parallel_config.data_parallel_index = engine
         self.config.cache_config.num_gpu_blocks = pages + 1
-        spec = FullAttentionSpec(block_size=PAGE_TOKENS, num_kv_heads=4, head_size=1, dtype=torch.float32)
-        kv = KVCacheConfig(pages + 1, [], [KVCacheGroupSpec(["layer"], spec)])
         manager = StructuredOutputManager(self.config)
-        self.facade = FlyingScheduler(self.config, kv, manager, PAGE_TOKENS)
+        self.facade = FlyingScheduler(self.config, make_kv_cache_config(pages), manager, PAGE_TOKENS)
         self.agent = EngineAgent(self.config, settings_from_vllm_config(self.config), self._call_workers)
         self.released: Any = None
         self.started: list[str] = []

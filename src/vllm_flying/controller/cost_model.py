@@ -59,6 +59,8 @@ class StepCost:
     """What a step cost by the probe alone: a forward pass, without scheduling and sampling."""
     _seen: Kinds = field(default_factory=dict)
     _probed: Kinds = field(default_factory=dict)
+    _numbers: tuple[float, float, float] | None = None
+    """The fit, kept while nothing is learned: engines are asked for it between steps, and in every switch."""
 
     @property
     def known(self) -> bool:
@@ -79,6 +81,7 @@ class StepCost:
         """A step was run."""
         _add(self._seen, prompt_tokens, decodes, seconds)
         self.steps += 1
+        self._numbers = None
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
         """Learn from a probe: (tokens, seconds) of forward passes. A token costs the same whatever it is."""
@@ -87,6 +90,7 @@ class StepCost:
             if tokens > 1:
                 _add(self._probed, int(tokens) - 1, 1, seconds)
         self.probed_step_s = _fit(self._probed.values())[0]
+        self._numbers = None
 
     def report(self) -> list[float]:
         """As `estimates` takes it: the numbers, real steps seen, and what a step cost by the probe."""
@@ -94,7 +98,9 @@ class StepCost:
 
     def numbers(self) -> tuple[float, float, float]:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
-        return _fit([*self._seen.values(), *self._stand_ins()])
+        if self._numbers is None:
+            self._numbers = _fit([*self._seen.values(), *self._stand_ins()])
+        return self._numbers
 
     def _stand_ins(self) -> list[_Kind]:
         """The probe's kinds that haven't run, with what real steps were found to cost beyond a probe."""

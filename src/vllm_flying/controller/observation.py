@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +17,6 @@ from vllm_flying.core.topology import Group, Layout
 
 # Seconds over which the rate is taken: a burst shows soon, since its unfinished requests count as well.
 MEMORY_S = 2.0
-COUNTERS = ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished")
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,9 @@ class Totals:
     """What all engines have counted since start. `served` are requests that one group had from arrival to last token."""
 
     requests_added: int = 0
+    prompt_tokens_added: int = 0
+    requests_finished: int = 0
+    output_tokens_finished: int = 0
     requests_served: int = 0
     seconds_served: float = 0.0
     """Summed up: what each of them took."""
@@ -102,24 +104,24 @@ class Observation:
 class RateTracker:
     """Turns engines' cumulative counters into an arrival rate and mean lengths."""
 
-    _last: dict[str, float] = field(default_factory=dict)
+    _last: Totals = Totals()
     _time: float | None = None
     arrival_rate: float = 0.0
     mean_prompt_tokens: float = 128.0
     mean_output_tokens: float = 64.0
 
-    def update(self, now: float, statuses: Sequence[Mapping[str, Any]]) -> None:
-        """Take in what all engines report."""
-        totals = {name: float(sum(status[name] for status in statuses)) for name in COUNTERS}
+    def update(self, now: float, totals: Totals) -> None:
+        """Take in what all engines have counted."""
         if self._time is not None and now > self._time:
             elapsed = now - self._time
             fresh = 1.0 - math.exp(-elapsed / MEMORY_S)
-            new = {name: max(0.0, totals[name] - self._last[name]) for name in COUNTERS}
-            self.arrival_rate += fresh * (new["requests_added"] / elapsed - self.arrival_rate)
-            if new["requests_added"]:
-                mean = new["prompt_tokens_added"] / new["requests_added"]
+            new = totals.since(self._last)
+            added, finished = max(0, new.requests_added), max(0, new.requests_finished)
+            self.arrival_rate += fresh * (added / elapsed - self.arrival_rate)
+            if added:
+                mean = max(0, new.prompt_tokens_added) / added
                 self.mean_prompt_tokens += 0.3 * (mean - self.mean_prompt_tokens)
-            if new["requests_finished"]:
-                mean = new["output_tokens_finished"] / new["requests_finished"]
+            if finished:
+                mean = max(0, new.output_tokens_finished) / finished
                 self.mean_output_tokens += 0.3 * (mean - self.mean_output_tokens)
         self._last, self._time = totals, now

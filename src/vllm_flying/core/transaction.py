@@ -240,7 +240,11 @@ class SwitchTransaction:
 
     def _may_offer(self) -> bool:
         """Where there is nothing to copy before the proof, engines prove as they move: one round less."""
-        return any(reply["begun"] or reply.get("paused_widths") for reply in self.prepared.values())
+        return self._something_is_kept() or any(reply["begun"] for reply in self.prepared.values())
+
+    def _something_is_kept(self) -> bool:
+        """Engines have unfinished requests, or pages that requests left in former layouts."""
+        return any(reply.get("paused_widths") for reply in self.prepared.values())
 
     def _changed_groups(self, layout: Layout) -> list[Group]:
         changed = set(self.engines)
@@ -262,8 +266,7 @@ class SwitchTransaction:
 
     def _may_reclaim(self) -> bool:
         """Requests have left former layouts, or only their pages are left there."""
-        left = any(reply.get("paused_widths") for reply in self.prepared.values())
-        return bool(self.journey.arrived) or (self.migrates and left)
+        return bool(self.journey.arrived) or (self.migrates and self._something_is_kept())
 
     def lease(self, group: Group) -> int:
         """Pages that each member lends to `group`: as many as every member has free once its old group is left."""

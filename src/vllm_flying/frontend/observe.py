@@ -26,7 +26,8 @@ def observe(
     schedule: Schedule | None = None,
 ) -> Observation:
     """One observation from the status of every engine, in order."""
-    rates.update(now, statuses)
+    totals = Totals.of(statuses)
+    rates.update(now, totals)
     groups = []
     for group in layout.groups:
         members = [statuses[engine] for engine in group]
@@ -57,7 +58,7 @@ def observe(
         mean_output_tokens=rates.mean_output_tokens,
         wall_clock=wall_clock,
         schedule=schedule,
-        totals=Totals.of(statuses),
+        totals=totals,
     )
 
 

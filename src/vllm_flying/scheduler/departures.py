@@ -13,7 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_flying.core import pricing
 from vllm_flying.core.pricing import MoveRates
 from vllm_flying.scheduler.facade import FlyingScheduler
-from vllm_flying.scheduler.handover import pack_begun
+from vllm_flying.scheduler.handover import has_begun, pack_begun
 from vllm_flying.scheduler.limits import kv_tokens_needed
 
 
@@ -36,16 +36,10 @@ def _is_inactive(facade: FlyingScheduler, width: int) -> bool:
 def begun_requests(facade: FlyingScheduler, active_width: int | None) -> dict[int, list[Request]]:
     """Begun requests by width, but for those of `active_width`, which go on here."""
     return {
-        width: [request for request in scheduler.requests.values() if _has_begun(request)]
+        width: [r for r in scheduler.requests.values() if has_begun(r) and not r.is_finished()]
         for width, scheduler in facade.schedulers.items()
         if width != active_width
     }
-
-
-def _has_begun(request: Request) -> bool:
-    """Others are handed over, not moved."""
-    begun = request.num_computed_tokens or request.num_output_tokens or request.num_preemptions
-    return bool(begun) and not request.is_finished()
 
 
 def can_move(request: Request) -> bool:

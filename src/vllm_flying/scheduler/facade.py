@@ -25,6 +25,7 @@ from vllm_flying.core.topology import available_widths
 from vllm_flying.scheduler import registry
 from vllm_flying.scheduler.aborts import UnknownAborts
 from vllm_flying.scheduler.deferral import Deferral
+from vllm_flying.scheduler.handover import has_begun
 from vllm_flying.scheduler.limits import grant, grant_more, kv_tokens_needed
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
@@ -211,8 +212,7 @@ class FlyingScheduler(SchedulerInterface):
     def set_aside_fresh(self) -> None:
         """Take requests that have computed nothing yet out of the active scheduler, in their order."""
         scheduler = self.active
-        fresh = [r for r in scheduler.waiting
-                 if r.num_computed_tokens == 0 and not r.num_output_tokens and r.num_preemptions == 0]
+        fresh = [request for request in scheduler.waiting if not has_begun(request)]
         if not fresh:
             return
         scheduler.waiting.remove_requests(fresh)

@@ -16,10 +16,15 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_flying.scheduler.structured import Beginning, begin_again, beginning_of, replay_output
 
 
+def has_begun(request: Request) -> bool:
+    """Whether a worker has seen the request: then it is moved. A fresh one is handed over."""
+    return bool(request.num_computed_tokens or request.num_output_tokens or request.num_preemptions)
+
+
 def pack_requests(requests: Sequence[Request]) -> bytes:
     """Requests as bytes. They must not be in any scheduler any more."""
     for request in requests:
-        if request.num_computed_tokens or request.num_output_tokens:
+        if has_begun(request):
             raise ValueError(f"request {request.request_id} has begun; only fresh requests can be handed over")
         request._block_hasher = None
         request.block_hashes = []
