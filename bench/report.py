@@ -14,7 +14,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def _stolen_seconds() -> float:
+def stolen_seconds() -> float:
     """Seconds, over all cores since boot, that the host gave to others while this machine wanted to run."""
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()
@@ -23,7 +23,7 @@ def _stolen_seconds() -> float:
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
-STOLEN_BEFORE = _stolen_seconds()
+STOLEN_BEFORE = stolen_seconds()
 
 
 def machine() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
         (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
     return {"cpu": model_name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions,
-            "stolen_s": round(_stolen_seconds() - STOLEN_BEFORE, 1)}  # fmt: skip
+            "stolen_s": round(stolen_seconds() - STOLEN_BEFORE, 1)}  # fmt: skip
 
 
 def write(name: str, data: dict[str, Any], table: str) -> Path:
