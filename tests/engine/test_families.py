@@ -15,13 +15,12 @@ from tests.support.transformers_reference import transformers_nll
 pytestmark = pytest.mark.engine
 
 PROMPTS = random_prompts(31, (45, 90))
+# One is compiled, as vLLM does by default; Inductor needs a compiler for that.
 CASES = [
-    ("qwen2", "tiles", False),
-    pytest.param("qwen2", "tiles", True, marks=pytest.mark.skipif(not which("g++"), reason="Inductor needs a compiler")),
+    ("qwen2", "tiles", which("g++") is not None),
     ("qwen3", "views", False),
     ("gemma", "tiles", False),
     ("phi", "tiles", False),
-    ("phi", "views", False),
     ("gpt2", "tiles", False),
 ]
 
