@@ -99,7 +99,7 @@ def test_constant_load_never_makes_it_oscillate(running: int, queued: int, rate:
 
 
 def test_cooldown_margin_and_operators_hold_it_back() -> None:
-    controller = Controller(auto, margin=0.0, cooldown_s=2.0, switch_s=0.0)
+    controller = Controller(auto, margin=0.0, patience_s=0.0, cooldown_s=2.0, switch_s=0.0)
     assert controller.decide(observation(DP, 100.0)).act
     controller.switched(100.0, 0.01)
     assert "cooldown" in controller.decide(observation(DP, 101.0)).verdict
@@ -173,6 +173,15 @@ def test_what_has_not_run_costs_what_the_probe_says_and_what_it_does_not_see() -
     assert prompt == pytest.approx(0.001, rel=0.1) and decode == pytest.approx(0.001, rel=0.1)
 
 
+def test_what_a_probe_does_not_see_may_grow_with_the_requests() -> None:
+    cost = StepCost()
+    cost.seed([(1, 0.010), (32, 0.012), (128, 0.020)])
+    for decodes in (100, 200, 300) * 20:  # only full batches: what they cost isn't what any step costs
+        cost.learn(0, decodes, 0.012 + 0.0003 * decodes)
+    assert cost.decode_step_s(1) == pytest.approx(0.012, rel=0.15)
+    assert cost.decode_step_s(300) == pytest.approx(0.102, rel=0.05)
+
+
 def test_one_step_that_was_held_up_changes_little() -> None:
     cost = StepCost()
     for _ in range(40):
@@ -205,11 +214,15 @@ def test_with_a_rising_rate_two_groups_overtake_one() -> None:
 
 
 def test_a_width_that_has_not_run_costs_what_a_probe_does_not_see_as_well() -> None:
-    probed = {1: [0.07, 0.002, 0.002, 0, 0.07], 2: [0.04, 0.001, 0.001, 0, 0.04]}
+    probes = {1: [0.07, 0.002, 0.002], 2: [0.04, 0.001, 0.001]}
+    probed = {width: [*probe, 0, *probe] for width, probe in probes.items()}
     assert estimates(probed)[1] == (0.07, 0.002, 0.002)
-    seen = estimates({**probed, 2: [0.06, 0.001, 0.001, 500, 0.04]})
-    assert seen[1] == pytest.approx((0.09, 0.002, 0.002)) and seen[2] == (0.06, 0.001, 0.001)
-    both = estimates({1: [0.08, 0.002, 0.002, 500, 0.07], 2: [0.06, 0.001, 0.001, 500, 0.04]})
+    run = [0.06, 0.001, 0.004, 500, *probes[2]]
+    seen = estimates({**probed, 2: run})
+    assert seen[1] == pytest.approx((0.09, 0.002, 0.005)) and seen[2] == (0.06, 0.001, 0.004)
+    few = estimates({1: [0.07, 0.002, 0.2, 3, *probes[1]], 2: run})
+    assert few[1] == pytest.approx((0.09, 0.002, 0.005)), "three steps say nothing yet"
+    both = estimates({1: [0.08, 0.002, 0.002, 500, *probes[1]], 2: run})
     assert both[1][0] == 0.08
 
 

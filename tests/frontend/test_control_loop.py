@@ -37,7 +37,7 @@ class Recorded:
             "kv_tokens_capacity": 1000, "kv_tokens_used": 0, "largest_request": 0, "wanted_width": 1,
             "kv_tokens_per_engine": 1000, "max_running": 64, "prompt_tokens_added": 0, "requests_finished": 0,
             "output_tokens_finished": 0, **{name: value if engine == 0 else 0 for name, value in self.counted.items()},
-            "costs": {"1": [0.020, 0.0004, 0.0004, 100, 0.020], "2": [0.012, 0.0003, 0.0006, 100, 0.012]},
+            "costs": {"1": [0.020, 0.0004, 0.0004, 100], "2": [0.012, 0.0003, 0.0006, 100]},
         }  # fmt: skip
 
     async def call_all(self, operation: str) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def looks(loop: ControlLoop) -> None:
 
 def test_a_switch_is_followed_by_what_it_gained(now: list[float], tmp_path: Path) -> None:
     server = Recorded()
-    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2))  # type: ignore[arg-type]
+    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2, patience_s=0.0))  # type: ignore[arg-type]
     looks(loop)
     assert server.present == MERGED
     now[0] += 0.25
@@ -87,7 +87,7 @@ def test_a_switch_is_followed_by_what_it_gained(now: list[float], tmp_path: Path
 
 def test_an_operator_who_switches_back_ends_the_measurement(now: list[float], tmp_path: Path) -> None:
     server = Recorded()
-    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2))  # type: ignore[arg-type]
+    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2, patience_s=0.0))  # type: ignore[arg-type]
     looks(loop)
     server.present = APART
     now[0] += 0.25

@@ -1,4 +1,4 @@
-"""Decides whether a policy's plan is carried out: margin, cooldown, and damping of flapping.
+"""Decides whether a policy's plan is carried out: evidence that it lasts, cooldown, and damping of flapping.
 
 Pure: the caller brings the clock, the observations and the results.
 """
@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 
+from vllm_flying.controller.evidence import Evidence
 from vllm_flying.controller.observation import Observation
 from vllm_flying.controller.plan import Plan
 from vllm_flying.controller.policies import Policy, predicted_seconds
@@ -36,15 +37,21 @@ class Controller:
     """State between observations."""
 
     policy: Policy
-    margin: float = 0.2
+    margin: float = 0.1
     """A plan must be this much better than staying, as a share of the time predicted for staying."""
+    patience_s: float = 0.3
+    """Seconds: what plans are better beyond the margin, added up over time, must come to this."""
     cooldown_s: float = 2.0
     switch_s: float = 0.05
     """What a switch costs, measured."""
     held_until: float = 0.0
     """An operator's own switch keeps the controller out until then."""
     failures: int = 0
+    evidence: Evidence = field(init=False)
     _switches: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+
+    def __post_init__(self) -> None:
+        self.evidence = Evidence(self.margin, self.patience_s)
 
     def decide(self, observation: Observation) -> Decision:
         """Whether to switch now, and where to. A policy that raises leaves everything as it is."""
@@ -55,13 +62,22 @@ class Controller:
                 logger.exception("The policy failed; the layout stays as it is.")
             self.failures += 1
             return Decision(observation.time, None, False, "the policy failed")
+        convinced = self.evidence.look(observation.time, self._share_gained(plan, observation))
         if plan is None or plan.layout == observation.layout:
             return Decision(observation.time, None, False, "stay")
-        verdict = self._objection(plan, observation)
+        verdict = self._objection(plan, observation.time, convinced)
         return Decision(observation.time, plan, verdict is None, verdict or "switch")
 
-    def _objection(self, plan: Plan, observation: Observation) -> str | None:
-        now = observation.time
+    def _share_gained(self, plan: Plan | None, observation: Observation) -> float:
+        """Of the time predicted for staying; nothing without a plan that predicts a gain."""
+        if plan is None or not plan.gain_s:
+            return 0.0
+        staying = predicted_seconds(observation, observation.layout)
+        # The pause of a switch is paid by requests that are under way; an idle server has none.
+        price = self.switch_s if observation.unfinished else 0.0
+        return (plan.gain_s - price) / staying if staying else 1.0
+
+    def _objection(self, plan: Plan, now: float, convinced: bool) -> str | None:
         if plan.urgent:
             return None
         if now < self.held_until:
@@ -69,12 +85,8 @@ class Controller:
         cooldown = self.cooldown(now)
         if self._switches and now - self._switches[-1] < cooldown:
             return f"within the cooldown of {cooldown:g} s"
-        staying = predicted_seconds(observation, observation.layout)
-        least = self.margin * staying if staying is not None else 0.0
-        # The pause of a switch is paid by requests that are under way; an idle server has none.
-        price = self.switch_s if observation.unfinished else 0.0
-        if plan.gain_s and plan.gain_s < least + price:
-            return f"a gain of {plan.gain_s:.3f} s does not outweigh a margin of {least:.3f} s and a switch of {price:.3f} s"
+        if plan.gain_s and not convinced:
+            return f"it isn't much better yet, or not for long: margin {self.margin:g}, patience {self.patience_s:g} s"
         return None
 
     def cooldown(self, now: float) -> float:
@@ -85,6 +97,7 @@ class Controller:
     def switched(self, now: float, seconds: float) -> None:
         """A switch was carried out: its cost is learned."""
         self._switches.append(now)
+        self.evidence.forget()
         self.switch_s += 0.3 * (seconds - self.switch_s)
 
     def hold(self, until: float) -> None:

@@ -9,7 +9,7 @@ start stands in for kinds that haven't run yet.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,8 +55,6 @@ class StepCost:
 
     steps: int = 0
     """Real steps seen."""
-    probed_step_s: float = 0.0
-    """What a step cost by the probe alone: a forward pass, without scheduling and sampling."""
     _seen: Kinds = field(default_factory=dict)
     _probed: Kinds = field(default_factory=dict)
     _numbers: tuple[float, float, float] | None = None
@@ -89,12 +87,11 @@ class StepCost:
             _add(self._probed, 0, int(tokens), seconds)
             if tokens > 1:
                 _add(self._probed, int(tokens) - 1, 1, seconds)
-        self.probed_step_s = _fit(self._probed.values())[0]
         self._numbers = None
 
     def report(self) -> list[float]:
-        """As `estimates` takes it: the numbers, real steps seen, and what a step cost by the probe."""
-        return [*self.numbers(), self.steps, self.probed_step_s]
+        """As `estimates` takes it: the numbers, real steps seen, and the numbers by the probe alone, if there was one."""
+        return [*self.numbers(), self.steps, *(_fit(self._probed.values()) if self._probed else ())]
 
     def numbers(self) -> tuple[float, float, float]:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
@@ -104,16 +101,27 @@ class StepCost:
 
     def _stand_ins(self) -> list[_Kind]:
         """The probe's kinds that haven't run, with what real steps were found to cost beyond a probe."""
-        unseen = [kind for key, kind in self._probed.items() if key not in self._seen]
-        if not self._seen or not unseen:
-            return unseen
-        fixed, prompt, decode = _fit(self._probed.values())
-        beyond = [
-            (kind.steps, kind.seconds - fixed - prompt * kind.prompt_tokens - decode * kind.decodes)
-            for kind in self._seen.values()
+        per_step, per_decode = self._beyond_probe()
+        return [
+            replace(kind, seconds=kind.seconds + per_step + per_decode * kind.decodes, steps=STAND_IN)
+            for key, kind in self._probed.items()
+            if key not in self._seen
         ]
-        overhead = max(0.0, sum(steps * seconds for steps, seconds in beyond) / sum(steps for steps, _ in beyond))
-        return [_Kind(kind.prompt_tokens, kind.decodes, kind.seconds + overhead, STAND_IN) for kind in unseen]
+
+    def _beyond_probe(self) -> tuple[float, float]:
+        """Seconds per step and per decoding request that a forward pass doesn't have: scheduling, sampling."""
+        if not self._seen or not self._probed:
+            return 0.0, 0.0
+        fixed, prompt, decode = _fit(self._probed.values())
+        # Next to a long prompt it is lost in the noise.
+        telling = [kind for kind in self._seen.values() if prompt * kind.prompt_tokens <= fixed]
+        if not telling:
+            return 0.0, 0.0
+        weights = _weights(telling)
+        rows = np.array([[1.0, kind.decodes] for kind in telling]) / UNITS[[0, 2]] * weights[:, None]
+        beyond = [kind.seconds - fixed - prompt * kind.prompt_tokens - decode * kind.decodes for kind in telling]
+        per_step, per_decode = _not_negative(rows, np.array(beyond) * weights) / UNITS[[0, 2]]
+        return float(per_step), float(per_decode)
 
 
 def _add(kinds: Kinds, prompt_tokens: int, decodes: int, seconds: float) -> None:
@@ -125,36 +133,52 @@ def _add(kinds: Kinds, prompt_tokens: int, decodes: int, seconds: float) -> None
 
 
 def _fit(kinds: Iterable[_Kind]) -> tuple[float, float, float]:
-    """Least squares of the relative errors, with no number below zero."""
+    """(fixed, per prompt token, per decoding request) of the kinds."""
     kinds = list(kinds)
     if not kinds:
         return LEAST, LEAST, LEAST
-    seconds = np.array([max(kind.seconds, LEAST) for kind in kinds])
-    weights = np.sqrt([min(kind.steps, MEMORY_STEPS) for kind in kinds]) / seconds
+    weights = _weights(kinds)
     rows = np.array([[1.0, kind.prompt_tokens, kind.decodes] for kind in kinds]) / UNITS * weights[:, None]
-    goals = seconds * weights
+    fitted = _not_negative(rows, np.array([kind.seconds for kind in kinds]) * weights) / UNITS
+    fixed, prompt, decode = np.maximum(fitted, LEAST)
+    return float(fixed), float(prompt), float(decode)
+
+
+def _weights(kinds: Iterable[_Kind]) -> np.ndarray:
+    """So that relative errors count, and kinds that were seen more often count more."""
+    return np.array([np.sqrt(min(kind.steps, MEMORY_STEPS)) / max(kind.seconds, LEAST) for kind in kinds])
+
+
+def _not_negative(rows: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    """Least squares with no number below zero; one number at least is left free."""
     scale = RIDGE * float(np.abs(rows).max())
-    free = [0, 1, 2]
+    free = list(range(rows.shape[1]))
     while True:
         system = np.vstack([rows[:, free], scale * np.eye(len(free))])
         fitted = np.linalg.lstsq(system, np.concatenate([goals, np.zeros(len(free))]), rcond=None)[0]
         if fitted.min() >= 0.0 or len(free) == 1:
             break
         free.pop(int(fitted.argmin()))
-    numbers = np.full(3, LEAST)
-    numbers[free] = np.maximum(fitted / UNITS[free], LEAST)
-    return float(numbers[0]), float(numbers[1]), float(numbers[2])
+    numbers = np.zeros(rows.shape[1])
+    numbers[free] = np.maximum(fitted, 0.0)
+    return numbers
 
 
 def estimates(reports: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, float, float]]:
-    """The numbers per width. Where a width has hardly run yet, what steps of the others cost beyond their probes is added.
+    """The numbers per width. Where one has hardly run yet: its probe's, and what the others cost beyond their probes.
 
-    Else an unknown layout would look cheaper than a known one, by all that a probe doesn't see.
+    Else an unknown layout would look cheaper than a known one, by all that a probe doesn't see; and a few first steps
+    don't tell what is a step's and what is its requests'.
     """
-    known = {width: report for width, report in reports.items() if report[3] >= ENOUGH_STEPS and report[4] > 0}
-    beyond = [max(0.0, report[0] - report[4]) for report in known.values()]
-    overhead = sum(beyond) / len(beyond) if beyond else 0.0
-    return {
-        width: (report[0] + (overhead if report[3] < ENOUGH_STEPS else 0.0), report[1], report[2])
-        for width, report in reports.items()
-    }
+    numbers = {width: (report[0], report[1], report[2]) for width, report in reports.items()}
+    probed = {width: report[4:] for width, report in reports.items() if len(report) > 4}
+    known = [width for width in probed if reports[width][3] >= ENOUGH_STEPS]
+    if not known:
+        return numbers
+    per_step, per_decode = (
+        sum(max(0.0, numbers[width][place] - probed[width][place]) for width in known) / len(known) for place in (0, 2)
+    )
+    for width, (fixed, per_prompt_token, decode) in probed.items():
+        if width not in known:
+            numbers[width] = (fixed + per_step, per_prompt_token, decode + per_decode)
+    return numbers

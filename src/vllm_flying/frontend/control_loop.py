@@ -45,7 +45,9 @@ class ControlLoop:
         self._rates = RateTracker()
         self._seen_epoch = 0
         self._measurement: GainMeasurement | None = None
-        self.controller = Controller(policy_by_name(settings.policy), settings.margin, settings.cooldown_s)
+        self.controller = Controller(
+            policy_by_name(settings.policy), settings.margin, settings.patience_s, settings.cooldown_s
+        )
         self._audit = AuditLog(
             directory / DECISIONS_FILE, Path(settings.audit_log) if settings.audit_log is not None else None
         )

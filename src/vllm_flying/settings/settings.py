@@ -81,8 +81,12 @@ class Settings:
     cooldown_s: float = 2.0
     """Seconds that the controller leaves between two switches; doubled while it flaps."""
 
-    margin: float = 0.2
-    """How much sooner, as a share, the load must be served in another layout before the controller switches."""
+    margin: float = 0.1
+    """How much sooner, as a share, requests must be done in another layout for the controller to think of it."""
+
+    patience_s: float = 0.3
+    """What another layout is better beyond the margin, added up over time, must come to this for a switch: a layout in
+    which requests take 40 % less is formed after a second, one in which they take 15 % less after six."""
 
     manual_hold_s: float = 30.0
     """Seconds that the controller keeps out after a switch asked for by hand."""
@@ -116,7 +120,7 @@ class Settings:
             value = getattr(self, name)
             if not 0 < value <= 86400:
                 raise SettingsError(f"setting {name!r} is {value!r}; allowed: seconds above 0, at most 86400")
-        for name in ("cooldown_s", "margin", "manual_hold_s"):
+        for name in ("cooldown_s", "margin", "patience_s", "manual_hold_s"):
             if not 0 <= getattr(self, name) <= 86400:
                 raise SettingsError(f"setting {name!r} is {getattr(self, name)!r}; allowed: 0 or more, at most 86400")
         try:

@@ -1,0 +1,86 @@
+"""The controller against static layouts, in virtual time: bursts, constant loads, two engines and eight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from tests.support.simulation import Cost, Figures, SimulatedServer, poisson
+from vllm_flying.controller.controller import Controller
+from vllm_flying.controller.policies import auto
+from vllm_flying.core.topology import Layout, groups_of_width
+
+Phase = tuple[float, float, int, int]
+
+# About what `bench.trace` finds on two cores; a faster machine with two engines; the ratios of eight large GPUs.
+TWO_CORES: dict[int, Cost] = {1: (0.085, 0.0045, 0.004), 2: (0.055, 0.0026, 0.0045)}
+TWO_ENGINES: dict[int, Cost] = {1: (0.020, 0.0005, 0.0008), 2: (0.0125, 0.0003, 0.0008)}
+EIGHT_ENGINES: dict[int, Cost] = {
+    1: (0.0080, 40e-6, 50e-6), 2: (0.0056, 22e-6, 45e-6), 4: (0.0042, 13e-6, 40e-6), 8: (0.0034, 9e-6, 38e-6),
+}  # fmt: skip
+QUIET: Phase = (30.0, 0.4, 256, 32)
+
+
+def layouts(costs: Mapping[int, Cost]) -> dict[int, Layout]:
+    engines = max(costs)
+    return {width: Layout(tuple(groups_of_width(width, engines))) for width in costs}
+
+
+def run(costs: Mapping[int, Cost], phases: Sequence[Phase], seed: int) -> tuple[Figures, dict[int, Figures], SimulatedServer]:
+    """Figures with the controller, those of each static layout, and the server that the controller had."""
+    arrivals = poisson(phases, seed)
+    static = {w: Figures.of(SimulatedServer(costs, layout).run(arrivals)) for w, layout in layouts(costs).items()}
+    server = SimulatedServer(costs, layouts(costs)[1], Controller(auto), seed=seed)
+    return Figures.of(server.run(arrivals)), static, server
+
+
+def of_the_better(name: str, auto_figures: Figures, static: Mapping[int, Figures]) -> float:
+    return float(getattr(auto_figures, name) / min(getattr(figures, name) for figures in static.values()))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bursts_in_which_one_layout_is_better_and_quiet_times_in_which_the_other_is(seed: int) -> None:
+    phases = [QUIET, (30.0, 4.0, 64, 24), QUIET, (30.0, 4.0, 64, 24), QUIET]
+    figures, static, server = run(TWO_CORES, phases, seed)
+    for name in ("ttft", "tpot", "response"):
+        assert of_the_better(name, figures, static) <= 1.08, name
+    assert max(static[1].ttft, static[2].ttft) > 1.2 * figures.ttft, "each static layout loses somewhere"
+    assert len(server.switches) <= len(phases) + 2, server.switches
+    for burst in (30.0, 90.0):
+        first = next(time for time, layout in server.switches if time > burst - 2 and len(layout.groups) == 2)
+        assert first < burst + 9.0, "the split comes once arrivals show"
+
+
+def test_a_burst_in_which_the_wide_group_is_better_leaves_it() -> None:
+    costs = {1: (0.085, 0.0045, 0.004), 2: (0.030, 0.0020, 0.0015)}
+    figures, static, server = run(costs, [QUIET, (30.0, 4.0, 64, 24), QUIET], seed=0)
+    assert [len(layout.groups) for _, layout in server.switches] == [1]
+    assert of_the_better("response", figures, static) <= 1.05
+
+
+@pytest.mark.parametrize(("rate", "most"), [(0.3, 4), (2.0, 8), (4.0, 3)])
+def test_a_constant_load_is_no_reason_to_flap(rate: float, most: int) -> None:
+    prompt, output = (256, 32) if rate < 1 else (64, 24)
+    figures, static, server = run(TWO_CORES, [(120.0, rate, prompt, output)], seed=1)
+    assert len(server.switches) <= most, "two a second come where both layouts are about as good"
+    assert of_the_better("response", figures, static) <= 1.08
+
+
+def test_the_first_steps_of_a_layout_do_not_mislead() -> None:
+    """A second of lone requests in one layout says nothing of its full batches; it used to keep the other for ever."""
+    phases = [(30.0, 1.0, 512, 64), (30.0, 15.0, 128, 48)]
+    for seed in range(3):
+        figures, static, _ = run(TWO_ENGINES, phases, seed)
+        assert of_the_better("response", figures, static) <= 1.08
+
+
+def test_eight_engines_follow_a_steep_burst() -> None:
+    """Sixty times the requests: from one group to eight, through at most one layout between."""
+    figures, static, server = run(EIGHT_ENGINES, [(20.0, 2.0, 1000, 200), (15.0, 120.0, 1000, 200)], seed=0)
+    widths = [len(layout.groups[0]) for _, layout in server.switches]
+    assert widths[0] == 8 and widths[-1] in (1, 2) and len(widths) <= 4
+    assert of_the_better("response", figures, static) <= 1.15
+    quiet, static_quiet, _ = run(EIGHT_ENGINES, [(20.0, 2.0, 1000, 200)], seed=0)
+    assert of_the_better("response", quiet, static_quiet) <= 1.10
+    assert static_quiet[1].response >= 2 * quiet.response
