@@ -34,6 +34,7 @@ def main() -> None:
     recorded = read(arguments.trace, arguments.timed_trace_sec_multiplier) if arguments.trace else []
     results: dict[str, list[Replay]] = {name: [] for name in arguments.only}
     records: list[str] = []
+    step_costs: dict[str, Any] = {}
     servers = {
         "DP": {"flying": False},
         "TP": {"flying": False, "engines": 1, "tensor_parallel": 2},
@@ -54,12 +55,14 @@ def main() -> None:
                 print(f"turn {turn + 1} of {arguments.turns}, {name}: {line(results[name][-1])}", flush=True)
         if "auto" in up:
             records = up["auto"].client.get("/plugins/flying/decisions").json()["sentences"]
-            print("\n".join(records[-20:]), flush=True)
+            step_costs = up["auto"].status()["step_costs"]
+            print("\n".join(records[-20:]), step_costs, sep="\n", flush=True)
     data = {
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "requests": {name: [_requests(turn) for turn in turns] for name, turns in results.items()},
         "layouts": [turn.layouts for turn in results.get("auto", ())],
         "decisions": records,
+        "step_costs": step_costs,
     }
     folder = write("trace", data, table(results))
     plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in results.items()})
