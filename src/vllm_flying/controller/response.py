@@ -3,17 +3,19 @@
 Pure. A step costs `fixed + per_prompt_token * p + per_decode * d` (see `cost_model`). In a group that gets `r` requests
 per second of `P` prompt and `O` output tokens, prompts take the share `r * P * per_prompt_token` of its time, so that a
 step of `d` decoding requests takes `(fixed + per_decode * d) / (1 - share)`; and with requests staying for `O` steps,
-Little's law gives the `d` at which arrivals and departures balance. Narrow groups are slower for one request and have
-more time between two of them: which one wins depends on the load.
+`d` grows by what arrives beyond what leaves. Narrow groups are slower for one request and have more time between two of
+them: which one wins depends on the load.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A group busier than this has no balance to speak of: what arrives within the horizon piles up.
+# Prompts take no more of a group's time than this, however many come: some is left for who decodes.
 BUSIEST = 0.95
+# As far as is looked ahead.
 HORIZON_S = 10.0
+HALVINGS = 12
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def response_s(numbers: tuple[float, float, float], num_groups: int, load: Load,
     rate = load.arrival_rate / num_groups
     share_of_prompts = min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
     present = max(1.0, load.unfinished / num_groups)
-    decoding = min(float(max_running), max(present, _balance(numbers, rate, load, present)))
+    decoding = min(float(max_running), _decoding_soon(numbers, rate, load, present))
     step_s = (fixed + per_decode * decoding) / (1.0 - share_of_prompts)
     queued = load.prompt_tokens_queued / num_groups + load.prompt_tokens
     first_token_s = step_s / 2 + queued * per_prompt_token / (1.0 - share_of_prompts)
@@ -42,11 +44,22 @@ def response_s(numbers: tuple[float, float, float], num_groups: int, load: Load,
     return turns * (first_token_s + load.output_tokens * step_s)
 
 
-def _balance(numbers: tuple[float, float, float], rate: float, load: Load, present: float) -> float:
-    """Decoding requests of a group once arrivals and departures balance, or after the horizon."""
+def _decoding_soon(numbers: tuple[float, float, float], rate: float, load: Load, present: float) -> float:
+    """Decoding requests of a group at the end of the horizon, those that are `present` at least.
+
+    Of those who decode some leave, the more of them the more there are, until that balances arrivals (Little's law). A
+    group that can't keep up has no such balance and fills by what is beyond. The pace is that of half way.
+    """
     fixed, per_prompt_token, per_decode = numbers
-    busy = rate * (load.prompt_tokens * per_prompt_token + load.output_tokens * per_decode)
-    piled_up = present + rate * HORIZON_S
-    if busy >= BUSIEST:
-        return piled_up
-    return min(piled_up, rate * load.output_tokens * fixed / (1.0 - busy))
+    left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
+
+    def more_come_than_fit(decoding: float) -> bool:
+        between = (present + decoding) / 2
+        leaving = between * left_of_prompts / (load.output_tokens * (fixed + per_decode * between))
+        return present + (rate - leaving) * HORIZON_S > decoding
+
+    least, most = present, present + rate * HORIZON_S
+    for _ in range(HALVINGS):
+        between = (least + most) / 2
+        least, most = (between, most) if more_come_than_fit(between) else (least, between)
+    return most
