@@ -45,6 +45,9 @@ class Engine:
         """What the leader gave back when the group ended, until this member leaves."""
         self.epoch = 0
         self.preparing: int | None = None
+        self.draining: int | None = None
+        self.drained: set[str] = set()
+        self.began: set[str] = set()
 
     def dissolve(self) -> None:
         pages, self.free[len(self.group)] = sorted(self.free[len(self.group)]), set()
@@ -69,10 +72,22 @@ class Engine:
     def handle(self, call: Call) -> Any:
         return getattr(self, call.operation)(**call.arguments)
 
+    def drain(self, epoch: int) -> dict[str, Any]:
+        """The last of its requests is done, and a new one begins. Until the reply has come it counts as draining."""
+        assert self.draining is None and self.preparing is None and epoch > self.epoch
+        self.draining = epoch
+        self.drained = {i for i, (width, _) in self.requests.items() if width == len(self.group)}
+        for request_id in self.drained:
+            self.abort(request_id)
+        before = set(self.requests)
+        self.begin(f"{epoch}.{self.engine}.meanwhile")
+        self.began = set(self.requests) - before
+        return {"finished": len(self.drained)}
+
     def prepare(self, epoch: int, method: str, rates: list[float | None]) -> dict[str, Any]:
         if self.preparing is not None:
             raise Refusal("switching already")
-        self.preparing = epoch
+        self.preparing, self.draining = epoch, None
         width = len(self.group)
         returnable = len(self.free[width]) if width > 1 and self.leads else 0
         left = {w for w, pages in self.free.items() if pages and not (self.leads and w == width)}
@@ -167,6 +182,8 @@ class Engine:
     def cancel(self, epoch: int) -> None:
         if self.preparing == epoch:
             self.preparing = None
+        if self.draining == epoch:
+            self.draining = None
 
 
 EVERYONE: list[Engine] = []
@@ -201,7 +218,7 @@ def run(transaction: SwitchTransaction, engines: list[Engine], fails: Any) -> No
 def check_pages(engines: list[Engine], layout: Layout, begun: set[str]) -> None:
     for engine in engines:
         assert engine.group == layout.group_of(engine.engine)
-        assert engine.preparing is None and not engine.arriving and engine.handed_back is None
+        assert engine.preparing is None and engine.draining is None and not engine.arriving and engine.handed_back is None
         held = {page for width, page in engine.requests.values() if width == 1}
         lent = engine.leases.lent_pages()
         assert engine.own_free.isdisjoint(lent) and held.isdisjoint(engine.own_free | lent)
@@ -232,8 +249,9 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
                 engines[home].abort(request_id)
         begun = {request_id for engine in engines for request_id in engine.requests}
         target = data.draw(layouts(NUM_ENGINES))
-        method = data.draw(st.sampled_from(["pause", "migrate"]))
-        failing = data.draw(st.sampled_from([None, Phase.PREPARE, *sorted(UNDOABLE, key=lambda phase: phase.value)]))
+        method = data.draw(st.sampled_from(["pause", "migrate", "soft"]))
+        before = [Phase.DRAIN, Phase.PREPARE]
+        failing = data.draw(st.sampled_from([None, *before, *sorted(UNDOABLE, key=lambda phase: phase.value)]))
         engine = data.draw(st.integers(0, NUM_ENGINES - 1))
         late = data.draw(st.booleans())
         if len(group := layout.group_of(engine)) > 1 and engine == group[0] and failing is Phase.MOVE:
@@ -247,7 +265,14 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
         transaction = SwitchTransaction(epoch, layout, target, method)
         run(transaction, engines, fails)
         assert transaction.phase in (Phase.COMMITTED, Phase.ROLLED_BACK)
-        if transaction.phase is Phase.COMMITTED and method == "migrate" and layout != target:
+        if method == "soft" and layout != target:
+            begun = begun.union(*(e.began for e in engines)).difference(*(e.drained for e in engines))
+            if transaction.phase is Phase.COMMITTED:
+                finished = sum(reply["finished"] for reply in transaction.drained.values())
+                assert finished == sum(len(e.drained) for e in engines)
+        for each in engines:
+            each.drained, each.began = set(), set()
+        if transaction.phase is Phase.COMMITTED and method != "pause" and layout != target:
             assert transaction.journey.arrived or not transaction.journey.offers, "nobody is stranded"
         if transaction.phase is Phase.COMMITTED:
             assert transaction.failure is None or failing is None
@@ -276,12 +301,13 @@ def test_what_fails_after_the_proof_does_not_keep_the_others_from_going_on(phase
     assert all(engine.preparing is None and engine.group == (0, 1) for engine in going_on)
 
 
-def test_the_time_limit_is_for_what_can_be_undone() -> None:
+@pytest.mark.parametrize("method", ["migrate", "soft"])
+def test_the_time_limit_is_for_what_can_be_undone(method: str) -> None:
     engines = [Engine(e) for e in range(2)]
     EVERYONE[:] = engines
     for engine in engines:
         engine.begin(f"r{engine.engine}")
-    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "migrate")
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), method)
     bounded = {}
 
     def look(call: Call, phase: Phase, before: bool) -> bool:
@@ -289,8 +315,8 @@ def test_the_time_limit_is_for_what_can_be_undone() -> None:
         return False
 
     run(transaction, engines, look)
-    assert bounded == {phase: phase is Phase.PREPARE or phase in UNDOABLE for phase in bounded}
-    assert set(bounded) >= FORWARD
+    assert bounded == {phase: phase in (Phase.DRAIN, Phase.PREPARE) or phase in UNDOABLE for phase in bounded}
+    assert set(bounded) >= FORWARD and (Phase.DRAIN in bounded) == (method == "soft")
 
 
 def test_pages_left_by_requests_that_ended_go_back_to_every_member() -> None:
@@ -338,6 +364,33 @@ def test_engines_whose_group_stays_take_no_part() -> None:
     source = Layout.separate(4)
     transaction = SwitchTransaction(1, source, Layout.of([[0, 1], [2], [3]], 4), "pause")
     assert {call.engine for call in transaction.start()} == {0, 1}
+
+
+def test_engines_that_are_done_serve_until_all_are_and_only_for_the_group_to_come() -> None:
+    transaction = SwitchTransaction(1, Layout.separate(4), Layout.of([[0, 1], [2], [3]], 4), "soft")
+    assert {(call.engine, call.operation) for call in transaction.start()} == {(0, "drain"), (1, "drain")}
+    assert transaction.serving_until_merged(2) == ()
+    assert transaction.replied(1, {"finished": 0}) == []
+    assert transaction.serving_until_merged(2) == (1,) and transaction.serving_until_merged(4) == ()
+    assert {call.operation for call in transaction.replied(0, {"finished": 2})} == {"prepare"}
+    assert transaction.serving_until_merged(2) == ()
+    split = SwitchTransaction(2, Layout.of([[0, 1]], 2), Layout.separate(2), "soft")
+    split.start()
+    split.replied(1, {"finished": 0})
+    assert split.serving_until_merged(1) == ()
+
+
+@pytest.mark.parametrize("failing", [1, None])
+def test_a_drain_that_is_called_off_has_moved_nobody(failing: int | None) -> None:
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "soft")
+    transaction.start()
+    transaction.replied(0, {"finished": 0})
+    assert [call.operation for call in transaction.failed(failing, "no")] == ["cancel", "cancel"]
+
+
+def test_what_is_only_fetched_is_not_waited_for() -> None:
+    fetching = SwitchTransaction(1, Layout.of([[0, 1]], 2), Layout.of([[0, 1]], 2), "soft")
+    assert {call.operation for call in fetching.start()} == {"prepare"}
 
 
 def test_an_equal_layout_is_committed_without_a_call() -> None:

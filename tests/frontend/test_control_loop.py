@@ -52,7 +52,7 @@ class Recorded:
 
     async def switch(self, target: Layout, *_: Any) -> dict[str, Any]:
         self.present = target
-        return {"outcome": "committed", "seconds": {"total": 0.01}}
+        return {"outcome": "committed", "seconds": {"total": 0.01, "drain": 0.0}}
 
 
 @pytest.fixture

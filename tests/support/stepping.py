@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,17 +134,35 @@ class SteppedServer:
         pools = [pool for facade in facades for pool in facade.pools.values()]
         return sum(f.get_num_unfinished_requests() for f in facades) + sum(pool.num_used for pool in pools)
 
-    def switch(self, groups: Sequence[Group], method: str = "migrate", before: Any = None) -> SwitchTransaction:
-        """Change the layout; `before(operation, engine)` is called ahead of every call, "adopt" included."""
+    def switch(
+        self,
+        groups: Sequence[Group],
+        method: str = "migrate",
+        before: Any = None,
+        meanwhile: Callable[[], str | None] = lambda: None,
+    ) -> SwitchTransaction:
+        """Change the layout; `before(operation, engine)` is called ahead of every call, "adopt" included.
+
+        Where an engine lets wait for its reply, everyone steps, after `meanwhile()`, which may give a reason to stop.
+        """
         self.epoch += 1
         target = Layout.of(groups, len(self.engines))
         transaction = SwitchTransaction(self.epoch, self.layout, target, method)
-        calls = transaction.start()
-        while calls:
-            call, *calls = calls
-            reply = self._call(call.engine, call.operation, call.arguments, before)
-            calls += transaction.replied(call.engine, reply)
-        assert transaction.is_over
+        calls, waiting = transaction.start(), []
+        while not transaction.is_over:
+            if calls:
+                call, *calls = calls
+                reply = self._call(call.engine, call.operation, call.arguments, before)
+                waiting.append((call, transaction.phase, reply))
+            elif reason := meanwhile():
+                calls += transaction.failed(None, reason)
+            else:
+                self.step()
+            for each in [each for each in waiting if not isinstance(each[2], Future) or each[2].done()]:
+                waiting.remove(each)
+                call, phase, reply = each
+                if phase is transaction.phase:
+                    calls += transaction.replied(call.engine, reply.result() if isinstance(reply, Future) else reply)
         if transaction.phase is Phase.COMMITTED:
             self.layout = target
             for reply in transaction.committed.values():

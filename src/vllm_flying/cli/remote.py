@@ -26,7 +26,7 @@ def add_parsers(commands: Any) -> None:
     wanted = switch.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--groups", nargs="+", metavar="E,E", help="all groups, such as: --groups 0,1 2 3")
     wanted.add_argument("--width", type=int, help="all groups of this many engines; 1 splits everything")
-    switch.add_argument("--method", help="auto, drain, pause or migrate (default: the server's setting)")
+    switch.add_argument("--method", help="auto, drain, soft, pause or migrate (default: the server's setting)")
     switch.add_argument("--timeout", type=float, help="seconds until the switch is rolled back")
     switch.set_defaults(run=_switch)
     explain = commands.add_parser("explain", parents=[common], help="say what the controller decided, and why")

@@ -4,7 +4,8 @@ Pure: no torch, no vllm, no clock, no I/O. The machine says which engine gets wh
 calls and reports replies and failures. Only engines whose group changes take part, and those whose pages hold the KV
 of requests that migrate. Nothing in the old layout is given up before every engine is at rest, and nothing is
 announced before the workers have proved the new layout. With the method `migrate`, begun requests are admitted in the
-new layout and their KV is copied before the proof, and given up in the old one after it (see `core.journey`).
+new layout and their KV is copied before the proof, and given up in the old one after it (see `core.journey`). `soft` is
+`migrate` after a drain: engines let finish what had begun before, each serving again as soon as it is done with that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vllm_flying.core.topology import Group, Layout, aligned_group
 class Phase(Enum):
     """Where a switch stands."""
 
+    DRAIN = "drain"
     PREPARE = "prepare"
     MOVE = "move"
     ADMIT = "admit"
@@ -42,6 +44,7 @@ UNDOABLE = frozenset({Phase.MOVE, Phase.ADMIT, Phase.TRANSFER, Phase.PROVE})
 FORWARD = frozenset({Phase.RELEASE, Phase.COMMIT, Phase.EXTEND})
 UNDOING = frozenset({Phase.MOVE_BACK, Phase.CANCEL})
 FOLLOWING = {
+    Phase.DRAIN: Phase.PREPARE,
     Phase.PREPARE: Phase.MOVE,
     Phase.MOVE: Phase.ADMIT,
     Phase.ADMIT: Phase.TRANSFER,
@@ -63,12 +66,13 @@ class SwitchTransaction:
     source: Layout
     target: Layout
     method: str
-    phase: Phase = Phase.PREPARE
+    phase: Phase = Phase.DRAIN
     failure: str | None = None
     rates: MoveRates = field(default_factory=MoveRates)
     """What moving costs, for the method `auto`."""
     last_resort: bool = False
     """Begun requests without room are computed again instead of waiting for some."""
+    drained: dict[int, dict[str, Any]] = field(default_factory=dict)
     prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
     proof: list[dict[str, Any]] = field(default_factory=list)
     committed: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -85,7 +89,7 @@ class SwitchTransaction:
     @property
     def migrates(self) -> bool:
         """Whether begun requests move into the new layout."""
-        return self.method in ("migrate", "auto")
+        return self.method in ("migrate", "auto", "soft")
 
     @property
     def engines(self) -> tuple[int, ...]:
@@ -110,6 +114,11 @@ class SwitchTransaction:
         """The new layout stands, though perhaps something failed after its proof."""
         return self.is_over and self._proved
 
+    def serving_until_merged(self, width: int) -> tuple[int, ...]:
+        """Engines that are done with their old requests, and serve until they are merged into a group of `width`."""
+        engines = sorted(self.drained) if self.phase is Phase.DRAIN else []
+        return tuple(e for e in engines if len(self.source.group_of(e)) < len(self.target.group_of(e)) == width)
+
     @property
     def waiting_for(self) -> tuple[int, ...]:
         """Engines whose reply to the present phase is outstanding."""
@@ -117,12 +126,14 @@ class SwitchTransaction:
 
     def start(self) -> list[Call]:
         """The first calls; none if the layouts are equal."""
-        return self._enter(Phase.PREPARE)
+        return self._enter(Phase.DRAIN)
 
     def replied(self, engine: int, result: Any) -> list[Call]:
         """An engine did what the present phase asked for."""
         self._waiting.discard(engine)
-        if self.phase is Phase.PREPARE:
+        if self.phase is Phase.DRAIN:
+            self.drained[engine] = result
+        elif self.phase is Phase.PREPARE:
             self.prepared[engine] = result
         elif self.phase is Phase.MOVE:
             self.journey.moved(engine, result)
@@ -154,7 +165,7 @@ class SwitchTransaction:
         if engine is not None:
             self._failed.add(engine)
             self._waiting.discard(engine)
-        if self.phase is Phase.PREPARE:
+        if self.phase in (Phase.DRAIN, Phase.PREPARE):
             return self._enter(Phase.CANCEL)
         if engine is None:
             self._failed.update(self._waiting)
@@ -198,6 +209,9 @@ class SwitchTransaction:
         return calls
 
     def _calls(self, phase: Phase) -> list[Call]:
+        if phase is Phase.DRAIN:
+            draining = self.source.changed_engines(self.target) if self.method == "soft" else ()
+            return [Call(engine, "drain", {"epoch": self.epoch}) for engine in sorted(draining)]
         if phase is Phase.PREPARE:
             return [self._prepare(engine) for engine in self.engines]
         if phase is Phase.MOVE:

@@ -114,7 +114,8 @@ class ControlLoop:
             record = await self._switcher.switch(
                 plan.layout, self._settings.switch_method, self._settings.switch_timeout_s, f"{CONTROLLER}: {plan.rule}"
             )
-            self.controller.switched(time.monotonic(), record["seconds"]["total"])
+            seconds = record["seconds"]  # a soft switch delays nobody while it waits
+            self.controller.switched(time.monotonic(), seconds["total"] - seconds["drain"])
             metrics().decided(plan.rule, True, plan.gain_s)
             self._conclude_measurement()
             self._measurement = GainMeasurement(plan, seen) if plan.gain_s > 0 else None

@@ -35,7 +35,7 @@ DEFINITIONS = {
     "recomputed": Definition("counter", "recomputed_tokens", "Tokens whose KV was given up at switches; 0 where "
                              "memory suffices."),
     "bytes": Definition("counter", "kv_bytes_moved", "Bytes of KV that went from worker to worker at switches."),
-    "hints": Definition("counter", "hints", "Requests with a parallelism_hint, by whether it was honoured.",
+    "hints": Definition("counter", "hints", "Requests with a parallelism_hint, by whether a group of that width took them, also after their begin.",
                         ("hint", "honoured")),
     "decisions": Definition("counter", "decisions", "Plans of the controller, by rule and what became of them.",
                             ("rule", "done")),

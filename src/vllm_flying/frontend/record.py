@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_flying.core.transaction import SwitchTransaction
 
-PHASES = ("prepare", "move", "admit", "transfer", "prove", "release", "commit", "extend")
+PHASES = ("drain", "prepare", "move", "admit", "transfer", "prove", "release", "commit", "extend")
 
 
 def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
@@ -19,6 +19,7 @@ def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], rea
     moved = len(journey.arrived) if committed else 0
     recomputed = len(journey.recomputed & journey.arrived.keys()) if committed else 0
     begun = sum(reply["begun"] for reply in transaction.prepared.values())
+    waited_for = (*transaction.drained.values(), *transaction.prepared.values())
     paused = journey.staying if transaction.migrates else begun
     return {
         "epoch": transaction.epoch,
@@ -29,7 +30,7 @@ def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], rea
         "outcome": transaction.phase.value.replace(" ", "_"),
         "error": transaction.failure,
         "requests": {
-            "finished": sum(reply.get("finished", 0) for reply in transaction.prepared.values()),
+            "finished": sum(reply.get("finished", 0) for reply in waited_for),
             "moved": moved - recomputed,
             "recomputed": recomputed,
             "paused": paused,

@@ -19,13 +19,14 @@ from vllm_flying.core.affinity import Prefix, PrefixAffinity, prefix_keys
 from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint, urgent_width
 from vllm_flying.core.lengths import fills_context
 from vllm_flying.core.routing import GroupState, Route, candidates, choose_group, groups_with_width
-from vllm_flying.core.topology import Layout
+from vllm_flying.core.topology import Group, Layout
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
 from vllm_flying.frontend.control_loop import ControlLoop
 from vllm_flying.frontend.engines import EngineCalls
 from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.runtime import runtime_directory
 from vllm_flying.frontend.served import served_layouts
+from vllm_flying.frontend.soft_start import SoftStart
 from vllm_flying.frontend.switcher import Switcher, SwitchFailed
 from vllm_flying.settings import URGENT_POLICIES, Settings, settings_from_vllm_config
 
@@ -49,6 +50,7 @@ class Router:
         self._board = LayoutBoard(directory)
         self.engines = EngineCalls(client)
         self.switcher = Switcher(self.engines, self._board, directory, settings)
+        self._soft_start = SoftStart(self._form, self.switcher.serving_until_merged)
         self._control: asyncio.Task[None] | None = None
 
     # ---- the layout -----------------------------------------------------------------------------------------------
@@ -98,7 +100,9 @@ class Router:
         tokens = self._tokens(request, state)
         hint = self._hint(request).value
         if width is not None and (hint == "auto" or self.settings.on_hint == "form"):
-            await self._form(width, "urgent request" if hint == "auto" else f"hint for width {width}")
+            reason = "urgent request" if hint == "auto" else f"hint for width {width}"
+            if await self._begins_before_merge(request, width, tokens, reason):
+                return
             state = self._board.read()
         if hint != "auto":
             honoured = any(len(group.engines) == width for group in state.groups)
@@ -114,6 +118,34 @@ class Router:
                 parameter="prompt",
                 value=tokens,
             )
+
+    async def _begins_before_merge(self, request: Any, width: int, tokens: int, reason: str) -> bool:
+        """Have a group of `width` formed for a request; whether it begins ahead of that, on an engine it is pinned to."""
+        softly = self.settings.switch_method == "soft" and request.data_parallel_rank is None
+        if not softly or any(len(group.engines) == width for group in self._board.read().groups):
+            await self._form(width, reason)
+            return False
+        engine = await self._soft_start.begin(
+            width, reason, lambda serving: self._free_leader(serving, tokens), lambda: self._note_merge(request, width)
+        )
+        if engine is not None:
+            request.data_parallel_rank = engine
+        return engine is not None
+
+    def _free_leader(self, engines: Sequence[int], tokens: int) -> int | None:
+        """The first of `engines` that leads a group with nothing to do, which can hold `tokens`."""
+        able = (group for group in self._groups(self._board.read()) if tokens <= group.kv_tokens and not group.load)
+        return next((group.leader for group in able if group.leader in engines), None)
+
+    def _note_merge(self, request: Any, width: int) -> None:
+        """The group for a request that began before it was there is formed, or given up."""
+        (group,) = (g.engines for g in self._board.read().groups if request.data_parallel_rank in g.engines)
+        moved = len(group) == width and request.request_id in self._client.reqs_in_flight
+        if moved:
+            self._note_served(group)
+        hint = self._hint(request).value
+        if hint != "auto":
+            metrics().hinted(hint, moved)
 
     async def _widen_for(self, tokens: int, state: BoardState) -> BoardState:
         """With a controller, form the narrowest group that can hold a request which no present group can."""
@@ -208,12 +240,12 @@ class Router:
         engine = self._client.core_engines.index(chosen)
         if self._affinity is not None:
             self._affinity.remember(prefix, engine)
+        self._note_served(next(group.engines for group in self._board.read().groups if engine in group.engines))
+
+    def _note_served(self, group: Group) -> None:
         record = served_layouts.get()
-        if record is None:
-            return
-        state = self._board.read()
-        group = next(group.engines for group in state.groups if engine in group.engines)
-        record.add(group, len(group) * state.engine_tp)
+        if record is not None:
+            record.add(group, len(group) * self.settings.engine_tp)
 
 
 def router_of(client: Any, vllm_config: Any) -> Router | None:

@@ -61,6 +61,7 @@ class Switcher:
         self._directory = directory
         self._settings = settings
         self._rates = MoveRates()
+        self._running: SwitchTransaction | None = None
         self._background: set[asyncio.Task[Any]] = set()
         self._fetching: asyncio.Task[None] | None = None
 
@@ -71,6 +72,10 @@ class Switcher:
     def last_switch(self) -> dict[str, Any] | None:
         """The record of the last switch, whoever asked for it."""
         return self._board.read().last_switch
+
+    def serving_until_merged(self, width: int) -> tuple[int, ...]:
+        """Engines that take requests while a switch with `soft`, if one runs here, waits to merge them into `width`."""
+        return () if self._running is None else self._running.serving_until_merged(width)
 
     def check(self, groups: Iterable[Sequence[int]], method: str) -> Layout:
         """The layout that `groups` name; LayoutError if it can't be, ValueError for an unknown method."""
@@ -141,7 +146,11 @@ class Switcher:
         transaction = SwitchTransaction(
             state.epoch + 1, self.layout(), target, method, rates=self._rates, last_resort=last_resort
         )
-        seconds = await self._run(transaction, timeout_s)
+        self._running = transaction
+        try:
+            seconds = await self._run(transaction, timeout_s)
+        finally:
+            self._running = None
         record = switch_record(transaction, seconds, reason)
         if transaction.holds:
             self._announce(state, transaction, record)
@@ -158,14 +167,15 @@ class Switcher:
         started = time.perf_counter()
         deadline = started + timeout_s
         seconds = dict.fromkeys(PHASES, 0.0)
-        pending = self._send(transaction.start())
+        calls = transaction.start()
+        pending = self._send(calls, transaction.phase)
         entered, phase = started, transaction.phase
         while not transaction.is_over:
             limit = deadline if transaction.is_bounded else entered + FINISH_LIMIT_S
             done, _ = await asyncio.wait(
                 pending, timeout=max(0.0, limit - time.perf_counter()), return_when=asyncio.FIRST_COMPLETED
             )
-            calls: list[Call] = []
+            calls = []
             if not done:
                 calls = transaction.failed(None, _time_limit(timeout_s if limit == deadline else FINISH_LIMIT_S))
             for task in done:
@@ -186,7 +196,7 @@ class Switcher:
         seconds["total"] = time.perf_counter() - started
         return seconds
 
-    def _send(self, calls: list[Call], phase: Phase = Phase.PREPARE) -> dict[asyncio.Task[Any], tuple[Call, Phase]]:
+    def _send(self, calls: list[Call], phase: Phase) -> dict[asyncio.Task[Any], tuple[Call, Phase]]:
         return {
             asyncio.ensure_future(self._engines.call(call.engine, call.operation, call.arguments)): (call, phase)
             for call in calls

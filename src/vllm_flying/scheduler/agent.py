@@ -21,6 +21,7 @@ from vllm_flying.core.routing import deal
 from vllm_flying.core.topology import Group
 from vllm_flying.scheduler import departures, registry
 from vllm_flying.scheduler.arrivals import Arrivals
+from vllm_flying.scheduler.drain import Drain, Finished
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_requests, unpack_requests
 from vllm_flying.scheduler.limits import kv_tokens_needed
@@ -49,6 +50,7 @@ class EngineAgent:
         self.group: Group = (self.engine,)
         self.epoch = 0
         self._preparing: int | None = None
+        self._drain: Drain | None = None
         self._parked_call: Any = None
         self._resting: Future[dict[str, Any]] | None = None
         self._draining = False
@@ -100,6 +102,7 @@ class EngineAgent:
         """Run one operation by name; its result is made of plain values, or is a Future of that."""
         operations: dict[str, Callable[..., Any]] = {
             "status": self.status,
+            "drain": self.drain,
             "prepare": self.prepare,
             "move": self.move,
             "admit": self.admit,
@@ -156,8 +159,13 @@ class EngineAgent:
     def _probes_by_name(self) -> dict[str, list[list[float]]]:
         return {str(width): [list(probe) for probe in probes] for width, probes in (self._probes or {}).items()}
 
+    @property
+    def _switching(self) -> int | None:
+        """The epoch for which this engine is at rest, comes to rest or drains."""
+        return self._drain.under_way if self._preparing is None and self._drain is not None else self._preparing
+
     def _state(self) -> str:
-        if self._preparing is not None:
+        if self._switching is not None:
             return "switching"
         if self.facade.parked:
             return "parked"
@@ -177,6 +185,18 @@ class EngineAgent:
 
     # ---- a switch, step by step -----------------------------------------------------------------------------------
 
+    def drain(self, epoch: int) -> Finished | Future[Finished]:
+        """Let what has begun finish, ahead of `prepare`; until then this engine goes on, or serves again."""
+        self._check_unprepared(epoch)
+        self._drain = Drain(self.facade, epoch)
+        return self._drain.begin()
+
+    def _check_unprepared(self, epoch: int) -> None:
+        if self._switching is not None:
+            raise SwitchRefused(f"engine {self.engine} is being switched already (epoch {self._switching})")
+        if epoch <= self.epoch:
+            raise SwitchRefused(f"engine {self.engine} is at epoch {self.epoch}; epoch {epoch} is over")
+
     def prepare(
         self, epoch: int, method: str, rates: Sequence[float | None] = (None, None)
     ) -> dict[str, Any] | Future[dict[str, Any]]:
@@ -185,10 +205,7 @@ class EngineAgent:
         With `drain`, and with `auto` where that is sooner than moving them at `rates` (see MoveRates), begun requests
         finish first.
         """
-        if self._preparing is not None:
-            raise SwitchRefused(f"engine {self.engine} is being switched already (epoch {self._preparing})")
-        if epoch <= self.epoch:
-            raise SwitchRefused(f"engine {self.engine} is at epoch {self.epoch}; epoch {epoch} is over")
+        self._check_unprepared(epoch)
         self._preparing = epoch
         facade = self.facade
         facade.holding = True
@@ -206,6 +223,8 @@ class EngineAgent:
 
     def after_step(self) -> None:
         """An engine that comes to rest says so once its last step, or its last request, is done."""
+        if self._drain is not None:
+            self._drain.after_step()
         if self._resting is None or self.facade.steps_in_flight:
             return
         if not self._draining or not self.facade.active.has_unfinished_requests():
@@ -428,6 +447,8 @@ class EngineAgent:
 
     def cancel(self, epoch: int) -> None:
         """The switch is off and this engine has not moved (or has moved back): step again as before."""
+        if self._drain is not None:
+            self._drain.cancel(epoch)
         if self._preparing != epoch:
             return
         if self._resting is not None:

@@ -18,7 +18,7 @@ WEIGHTS = ("auto", "tiles", "views")
 ON_HINT = ("form", "best_effort")
 URGENT_POLICIES = ("auto", "priority")
 """Policies that give an urgent request a wide group at once, and its steps to itself."""
-SWITCH_METHODS = ("auto", "drain", "pause", "migrate")
+SWITCH_METHODS = ("auto", "drain", "soft", "pause", "migrate")
 
 
 class SettingsError(ValueError):
@@ -49,7 +49,8 @@ class Settings:
     two requests per engine more than the least loaded one. No effect without vLLM's prefix caching."""
 
     switch_method: str = "auto"
-    """What happens to running requests at a switch that names no method: `drain` (they finish first), `pause` (they
+    """What happens to running requests at a switch that names no method: `drain` (they finish first), `soft` (likewise,
+    but an engine that is done with its own serves until the others are, and what begins there moves), `pause` (they
     wait until their layout returns), `migrate` (their KV moves into the new layout) or `auto` (as `migrate`, but what
     finishes, or is computed again, sooner than it moves does so)."""
 
