@@ -156,3 +156,24 @@ def test_a_limit_that_only_fills_the_context_is_met_by_the_largest_group(server:
     server.router.route(chat)
     assert chat.data_parallel_rank == 2
     assert params.max_tokens == 4096 - len(PROMPT), "the engine grants what its group holds at the time"
+
+
+@pytest.mark.parametrize("pauses_end", [True, False])
+def test_nobody_is_refused_for_pages_of_requests_that_are_only_left_paused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, pauses_end: bool
+) -> None:
+    async def end_pauses() -> bool:
+        server.announce([[0, 1], [2, 3]], kv_tokens=1000 if pauses_end else 100)
+        return True
+
+    server.announce([[0, 1], [2, 3]], kv_tokens=50)
+    monkeypatch.setattr(server.router.switcher, "end_pauses", end_pauses)
+    params = SimpleNamespace(max_tokens=8, extra_args=None)
+    request = SimpleNamespace(
+        resumable=False, prompt_token_ids=PROMPT, sampling_params=params, data_parallel_rank=None, priority=0
+    )
+    if pauses_end:
+        asyncio.run(server.router.admit(request))
+    else:
+        with pytest.raises(VLLMValidationError, match="208 tokens"):
+            asyncio.run(server.router.admit(request))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend import switcher as module
-from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard
+from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, switch_lock
 from vllm_flying.frontend.switcher import Switcher, SwitchFailed
 from vllm_flying.settings import Settings
 
 SEPARATE, MERGED = Layout.separate(2), Layout.of([[0, 1]], 2)
+NO_COPY = {"target_pages": [1], "first_block": 0, "last_block": 0}
 OFFER = {"request_id": "r", "width": 2, "tokens": 500, "pages": [1], "packed": b"r"}
 
 
@@ -158,5 +161,59 @@ def test_requests_without_room_are_fetched_whatever_the_layout_is_by_then(
         engines.done.clear()
         await asyncio.sleep(1.0)
         assert (0, "prepare") not in engines.done, "nothing is left to fetch"
+
+    run(test())
+
+
+def test_a_pause_for_its_price_is_kept_as_long_as_it_was_to_be_and_ended_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FETCH_AFTER_S", (0.05,))
+
+    async def test() -> None:
+        switcher, engines, _ = make(tmp_path)
+        switcher._rates = MoveRates(0.0, 1.0)
+        flex = {**OFFER, "request_id": "flex", "width": 1, "tokens": 5, "priority": 1, "kv_bytes": 1000}
+        admitted: list[list[str]] = []
+
+        def admit(engine: int, packed: list[bytes], **_: Any) -> dict[str, Any]:
+            admitted.append([raw.decode() for raw in packed])
+            return {"admitted": {name: NO_COPY for name in admitted[-1]}}
+
+        engines.admit = admit  # type: ignore[method-assign]
+        await switcher.switch(MERGED)
+        await asyncio.sleep(0.5)
+        await switcher.switch(SEPARATE)
+        engines.offers = [{**flex, "packed": b"flex"}]
+        record = await switcher.switch(MERGED)
+        assert record["requests"]["paused"] == 1 and record["why"]["paused"]["price"] == 1 and admitted == []
+        engines.offers.append({**OFFER, "tokens": 5, "width": 1})
+        await switcher._fetch_paused()
+        assert admitted == [["r"]], "who lacked room is fetched, who is left isn't"
+        engines.offers = [{**flex, "packed": b"flex"}]
+        await asyncio.sleep(0.6)
+        assert admitted == [["r"]]
+        await asyncio.sleep(0.6)
+        assert admitted == [["r"], ["flex"]]
+        engines.done.clear()
+        await asyncio.sleep(0.3)
+        assert (0, "prepare") not in engines.done, "nothing is left to fetch"
+
+    run(test())
+
+
+def test_a_pause_ends_at_once_for_somebody_who_needs_the_pages(tmp_path: Path) -> None:
+    async def test() -> None:
+        switcher, engines, _ = make(tmp_path)
+        assert not await switcher.end_pauses(), "nobody is left paused"
+        switcher._pauses.leave(time.monotonic(), ["r"], {"r": (0,)}, {(0,): 4.0})
+        await switcher.switch(MERGED, "pause")
+        engines.offers = [{**OFFER, "tokens": 5, "width": 1}]
+        with switch_lock(tmp_path):
+            ending = asyncio.ensure_future(switcher.end_pauses())
+            await asyncio.sleep(0.1)
+            assert not ending.done()
+        assert await ending and (0, "admit") in engines.done and not engines.offers
+        assert switcher._pauses.next_due() is None
 
     run(test())

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -48,7 +48,8 @@ def make_request(name: str, prompt_tokens: int, max_tokens: int | None = None) -
 def make_kv_cache_config(pages: int) -> KVCacheConfig:
     """Of so many pages beside vLLM's null page."""
     spec = FullAttentionSpec(block_size=PAGE_TOKENS, num_kv_heads=4, head_size=1, dtype=torch.float32)
-    return KVCacheConfig(pages + 1, [], [KVCacheGroupSpec(["layer"], spec)])
+    tensor = KVCacheTensor((pages + 1) * spec.page_size_bytes, ["layer"], 0, spec.page_size_bytes)
+    return KVCacheConfig(pages + 1, [tensor], [KVCacheGroupSpec(["layer"], spec)])
 
 
 class SteppedEngine:
@@ -140,6 +141,7 @@ class SteppedServer:
         method: str = "migrate",
         before: Any = None,
         meanwhile: Callable[[], str | None] = lambda: None,
+        **prices: Any,
     ) -> SwitchTransaction:
         """Change the layout; `before(operation, engine)` is called ahead of every call, "adopt" included.
 
@@ -147,7 +149,7 @@ class SteppedServer:
         """
         self.epoch += 1
         target = Layout.of(groups, len(self.engines))
-        transaction = SwitchTransaction(self.epoch, self.layout, target, method)
+        transaction = SwitchTransaction(self.epoch, self.layout, target, method, **prices)
         calls, waiting = transaction.start(), []
         while not transaction.is_over:
             if calls:

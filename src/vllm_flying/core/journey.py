@@ -7,13 +7,14 @@ lent to the new groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_flying.core.contents import common
 from vllm_flying.core.migration import Offer, lasting_capacity, place_offers
-from vllm_flying.core.pricing import MoveRates, Price, to_recompute
+from vllm_flying.core.pauses import Pausing
+from vllm_flying.core.pricing import MoveRates, Price, Ways, choose_ways
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
 
@@ -36,6 +37,7 @@ class Journey:
     """To price moving by; without, what can move does."""
     last_resort: bool = False
     """Requests for which there is no room are computed again, where they can be at all."""
+    pausing: Pausing = field(default_factory=Pausing)
     offers: dict[str, Offer] = field(default_factory=dict)
     immovable: int = 0
     """Begun requests that only their own layout can run."""
@@ -44,10 +46,16 @@ class Journey:
     capacity: dict[Group, int] = field(default_factory=dict)
     """KV tokens of all their members' pages, but for pages that requests keep which have to stay."""
     page_tokens: dict[Group, int] = field(default_factory=dict)
+    largest_aside: int = 0
+    """KV tokens of the largest request that waits for the new layout."""
     prefill_s: dict[Group, float | None] = field(default_factory=dict)
     """Seconds per prompt token there, if known."""
     recomputed: set[str] = field(default_factory=set)
     """Requests that arrive without their KV."""
+    left: set[str] = field(default_factory=set)
+    """Requests that stay paused because it costs least."""
+    without_room: set[str] = field(default_factory=set)
+    """Requests that are recomputed as a last resort."""
     moves: list[dict[str, Any]] = field(default_factory=list)
     arrived: dict[str, int] = field(default_factory=dict)
     """Request -> leader of the group that admitted it."""
@@ -63,12 +71,12 @@ class Journey:
     @property
     def unplaced(self) -> int:
         """Requests that wait, paused, for room in the new layout."""
-        return len(self.offers) - len(self.arrived)
+        return len(self.offers) - len(self.left) - len(self.arrived)
 
     @property
     def staying(self) -> int:
-        """Requests that stay paused: those, and what only its own layout can run."""
-        return self.unplaced + self.immovable
+        """Requests that stay paused: those, what only its own layout can run, and what is left paused for its price."""
+        return self.unplaced + self.immovable + len(self.left)
 
     @property
     def recomputed_tokens(self) -> int:
@@ -93,11 +101,11 @@ class Journey:
     def admissions(self, groups: Sequence[Group]) -> list[Call]:
         """Offers to the leaders that have room for them."""
         begin_again = {offer.request_id for offer in self.offers.values() if offer.begins_again}
-        self.recomputed = begin_again | self._cheaper_anew()
-        offers = list(self.offers.values())
-        self.capacity = lasting_capacity(offers, self.capacity, self.page_tokens)
-        room = {group: self.room[group] for group in groups}
-        placed, unplaced = place_offers(offers, room, self.capacity, self.recomputed)
+        ways, kept = self._ways(), self.offers.keys() & self.pausing.kept
+        placed, unplaced, capacity = self._place(groups, ways.recomputed | begin_again, ways.paused | kept)
+        if ways.paused - kept and (unplaced or self._is_too_small(capacity)):  # the pages that these hold are missed
+            placed, unplaced, capacity = self._place(groups, ways.recomputed | begin_again, kept)
+        self.capacity = capacity
         if self.last_resort:
             for offer in unplaced:
                 self._place_anew(offer, placed)
@@ -117,17 +125,32 @@ class Journey:
             if offers
         ]
 
-    def _cheaper_anew(self) -> set[str]:
+    def _place(
+        self, groups: Sequence[Group], recomputed: Set[str], left: Set[str]
+    ) -> tuple[dict[Group, list[Offer]], list[Offer], dict[Group, int]]:
+        self.recomputed, self.left = set(recomputed - left), set(left)
+        offers = list(self.offers.values())
+        capacity = lasting_capacity(offers, self.capacity, self.page_tokens, left)
+        room = {group: self.room[group] for group in groups}
+        moving = [offer for offer in offers if offer.request_id not in left]
+        return *place_offers(moving, room, capacity, self.recomputed), capacity
+
+    def _is_too_small(self, capacity: Mapping[Group, int]) -> bool:
+        """Whether no group holds the largest request that waits, though one could."""
+        return max(capacity.values()) < min(self.largest_aside, max(self.capacity.values()))
+
+    def _ways(self) -> Ways:
         if self.rates is None:
-            return set()
+            return Ways()
         known = [seconds for seconds in self.prefill_s.values() if seconds is not None]
         prices = {}
         for offer in self.offers.values():
             wide, narrow = self._widths(offer)
             move_s = self.rates.move_s(offer.kv_bytes * (wide - narrow) / wide)
             anew = max(known) * offer.tokens if known and offer.recomputable else None
-            prices[offer.request_id] = Price(move_s, anew)
-        return to_recompute(prices, self.rates.rounds_s)
+            pause_s = self.pausing.price(offer.source, offer.priority)
+            prices[offer.request_id] = Price(move_s, anew, pause_s)
+        return choose_ways(prices, self.rates.rounds_s)
 
     def _widths(self, offer: Offer) -> tuple[int, int]:
         here = len(offer.source)
@@ -139,6 +162,7 @@ class Journey:
         able = [g for g in placed if set(g) & set(offer.source) and self.capacity[g] >= offer.most_tokens]
         if able and offer.recomputable:
             self.recomputed.add(offer.request_id)
+            self.without_room.add(offer.request_id)
             placed[min(able, key=lambda group: (len(placed[group]) / len(group), group))].append(offer)
 
     def admitted(self, leader: int, reply: dict[str, Any]) -> None:
@@ -216,6 +240,16 @@ class Journey:
                 virtual = committed[group[0]]["lent"][0]
                 calls.append(Call(group[0], "extend", {"epoch": self.epoch, "virtual": virtual, "physical": lent}))
         return calls
+
+    def reasons(self) -> dict[str, dict[str, int]]:
+        """For the switch record: why requests didn't move. `need`: nothing else could be done."""
+        recomputed = self.recomputed & self.arrived.keys()
+        need = {i for i in recomputed if self.offers[i].begins_again} - self.without_room
+        room = len(recomputed & self.without_room)
+        return {
+            "recomputed": {"price": len(recomputed) - len(need) - room, "room": room, "need": len(need)},
+            "paused": {"price": len(self.left), "room": self.unplaced, "need": self.immovable},
+        }
 
     def report(self) -> dict[str, Any]:
         """For the switch record."""

@@ -102,15 +102,23 @@ def place_offers(
 
 
 def lasting_capacity(
-    offers: Sequence[Offer], capacity: Mapping[Group, int], page_tokens: Mapping[Group, int]
+    offers: Sequence[Offer],
+    capacity: Mapping[Group, int],
+    page_tokens: Mapping[Group, int],
+    left: Collection[str] = (),
 ) -> dict[Group, int]:
     """KV tokens of each target group once all offers that some group can hold have left their pages.
 
-    `capacity` counts all pages of the members, `page_tokens` the tokens of a page there. Other offers keep their pages.
+    `capacity` counts all pages of the members, `page_tokens` the tokens of a page there. Other offers keep their pages,
+    and so do those that are `left` where they are.
     """
     lasting = dict(capacity)
     while True:
-        staying = [offer for offer in offers if not any(_can_hold(group, offer, lasting) for group in lasting)]
+        staying = [
+            offer
+            for offer in offers
+            if offer.request_id in left or not any(_can_hold(group, offer, lasting) for group in lasting)
+        ]
         held = {group: max(_pages_held(staying, member) for member in group) for group in lasting}
         shrunk = {group: capacity[group] - held[group] * page_tokens[group] for group in lasting}
         if shrunk == lasting:

@@ -1,8 +1,9 @@
-"""What becomes of begun requests at a switch with the method `auto`: finish, move, or be computed again.
+"""What becomes of begun requests at a switch with the method `auto`: finish, move, be computed again, or stay paused.
 
 Pure. Each way is priced in seconds of delay: finishing by the steps that are left, moving by the KV's bytes over the
-rate seen so far, recomputing by the tokens over the prefill rate of the new layout. What isn't known yet isn't chosen:
-until something was measured, requests move.
+rate seen so far, recomputing by the tokens over the prefill rate of the new layout, pausing by how long the request's
+own layout is likely to be away (`core.pauses`). The last delays one request, not all: it counts less for those that can
+wait. What isn't known yet isn't chosen: until something was measured, requests move.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ class MoveRates:
             return self
         rounds = max(0.0, seconds["admit"] + seconds["transfer"] + seconds["release"] - kv["seconds"])
         per_byte = kv["seconds"] / kv["bytes"] if kv["bytes"] else None
-        return MoveRates(_blend(self.rounds_s, rounds), _blend(self.seconds_per_byte, per_byte))
+        return MoveRates(blend(self.rounds_s, rounds), blend(self.seconds_per_byte, per_byte))
 
     def move_s(self, num_bytes: float) -> float | None:
         """Seconds to copy so much; the rounds apart."""
         return None if self.seconds_per_byte is None else num_bytes * self.seconds_per_byte
 
 
-def _blend(old: float | None, new: float | None) -> float | None:
+def blend(old: float | None, new: float | None) -> float | None:
+    """A running mean, in which the newest observation counts most."""
     if old is None or new is None:
         return new if old is None else old
     return old + FRESH * (new - old)
@@ -44,24 +46,43 @@ def _blend(old: float | None, new: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds for one request; None where nothing is known."""
+    """Seconds of everybody's delay that each way costs for one request; None where nothing is known."""
 
     move_s: float | None
     recompute_s: float | None
+    pause_s: float | None = None
+
+    @property
+    def unmoved_s(self) -> float | None:
+        """The cheaper of the two ways that copy nothing."""
+        known = [seconds for seconds in (self.recompute_s, self.pause_s) if seconds is not None]
+        return min(known, default=None)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether that is to leave it paused."""
+        return self.pause_s is not None and self.pause_s == self.unmoved_s
 
 
-def to_recompute(prices: Mapping[str, Price], rounds_s: float | None) -> set[str]:
-    """Requests that are computed again sooner than they move. The rounds are saved only if nothing moves at all."""
-    cheaper = {
-        request_id
-        for request_id, price in prices.items()
-        if price.move_s is not None and price.recompute_s is not None and price.recompute_s < price.move_s
-    }
-    known = [price.recompute_s for price in prices.values() if price.recompute_s is not None]
-    moves = [price.move_s or 0.0 for price in prices.values()]
-    if rounds_s is not None and len(known) == len(prices) and sum(known) < rounds_s + sum(moves):
-        return set(prices)
-    return cheaper
+@dataclass(frozen=True)
+class Ways:
+    """Requests that don't move."""
+
+    recomputed: frozenset[str] = frozenset()
+    paused: frozenset[str] = frozenset()
+
+
+def choose_ways(prices: Mapping[str, Price], rounds_s: float | None) -> Ways:
+    """The ways that cost least together. The rounds are saved only if nothing moves at all."""
+    unmoved = {i: price.unmoved_s for i, price in prices.items() if price.unmoved_s is not None}
+    moved = {i: price.move_s for i, price in prices.items() if price.move_s is not None}
+    cheaper = {i for i in unmoved.keys() & moved.keys() if unmoved[i] < moved[i]}
+    if rounds_s is not None and len(unmoved) == len(prices):
+        moving_s = sum(moved.get(i, 0.0) - unmoved[i] for i in prices if i not in cheaper)
+        if rounds_s + moving_s > 0:
+            cheaper = set(prices)
+    paused = frozenset(i for i in cheaper if prices[i].pauses)
+    return Ways(frozenset(cheaper) - paused, paused)
 
 
 def finishing_pays(steps_left: int, step_s: float | None, num_bytes: float, rates: MoveRates) -> bool:

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from vllm_flying.core.journey import Call, Journey
+from vllm_flying.core.pauses import Pausing
 from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
@@ -70,6 +71,7 @@ class SwitchTransaction:
     failure: str | None = None
     rates: MoveRates = field(default_factory=MoveRates)
     """What moving costs, for the method `auto`."""
+    pausing: Pausing = field(default_factory=Pausing)
     last_resort: bool = False
     """Begun requests without room are computed again instead of waiting for some."""
     drained: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class SwitchTransaction:
 
     def __post_init__(self) -> None:
         rates = self.rates if self.method == "auto" else None
-        self.journey = Journey(self.epoch, self.target, rates, self.last_resort)
+        self.journey = Journey(self.epoch, self.target, rates, self.last_resort, self.pausing)
 
     @property
     def migrates(self) -> bool:
@@ -135,6 +137,7 @@ class SwitchTransaction:
             self.drained[engine] = result
         elif self.phase is Phase.PREPARE:
             self.prepared[engine] = result
+            self.journey.largest_aside = max(self.journey.largest_aside, result.get("largest_aside", 0))
         elif self.phase is Phase.MOVE:
             self.journey.moved(engine, result)
             self.proof.extend(result["proof"])
@@ -313,10 +316,10 @@ class SwitchTransaction:
 
     def _stranded(self) -> str | None:
         """Begun requests would all be left behind in a layout that is no more, maybe for ever."""
-        if self.source == self.target or not self.journey.offers or self.journey.arrived:
+        if self.source == self.target or not self.journey.unplaced or self.journey.arrived:
             return None
         return (
-            f"none of {len(self.journey.offers)} begun requests finds room in the new layout, whose free pages are too "
+            f"none of {self.journey.unplaced} begun requests finds room in the new layout, whose free pages are too "
             "few, or whose groups are too small for what they may come to; wait until some finish, or drain instead of "
             "migrating"
         )

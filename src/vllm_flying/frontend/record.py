@@ -35,6 +35,7 @@ def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], rea
             "recomputed": recomputed,
             "paused": paused,
         },
+        "why": journey.reasons() if committed and transaction.migrates else {},
         "recomputed_tokens": journey.recomputed_tokens if committed else 0,
         "kv": journey.report(),
         "waves": 1,
@@ -53,6 +54,10 @@ def add_wave(record: dict[str, Any], wave: dict[str, Any]) -> dict[str, Any]:
         "requests": {
             **{name: record["requests"][name] + requests[name] for name in ("finished", "moved", "recomputed")},
             "paused": requests["paused"],
+        },
+        "why": {
+            "recomputed": {name: count + wave["why"]["recomputed"][name] for name, count in record["why"]["recomputed"].items()},
+            "paused": wave["why"]["paused"],
         },
         "recomputed_tokens": record["recomputed_tokens"] + wave["recomputed_tokens"],
         "kv": {"bytes": total_bytes, "seconds": seconds, "bytes_per_s": round(total_bytes / seconds) if seconds else 0},

@@ -107,7 +107,11 @@ class Router:
         if hint != "auto":
             honoured = any(len(group.engines) == width for group in state.groups)
             metrics().hinted(hint, honoured)
-        if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
+        fitting = choose_group(self._groups(state), tokens, width, request.data_parallel_rank)
+        if fitting is None and await self.switcher.end_pauses():  # their pages may be what is missing
+            state = self._board.read()
+            fitting = choose_group(self._groups(state), tokens, width, request.data_parallel_rank)
+        if fitting is None:
             state = await self._widen_for(tokens, state)
         if choose_group(self._groups(state), tokens, width, request.data_parallel_rank) is None:
             capacities = {str(list(group.engines)): group.kv_tokens for group in state.groups}

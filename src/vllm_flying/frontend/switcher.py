@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 
+from vllm_flying.core.pauses import Pauses, Pausing
 from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Layout, LayoutError
 from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
@@ -34,6 +35,8 @@ COLLECT_AFTER_S = (0.02, 0.1, 0.5, 2.0)
 # When to look again for room for requests that a migration left behind; the last for as long as it takes.
 FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, 5.0, 5.0, 5.0, 20.0)
 FETCH_LIMIT_S = 30.0
+# When to try again while another switch is under way.
+PENDING_RETRY_S = 0.01
 # Reasons of switches: asked for by hand; for requests left behind. Hints and the controller name their own.
 OPERATOR = "operator"
 FETCHING = "paused requests"
@@ -61,9 +64,11 @@ class Switcher:
         self._directory = directory
         self._settings = settings
         self._rates = MoveRates()
+        self._pauses = Pauses(settings.paused_limit_s)
         self._running: SwitchTransaction | None = None
         self._background: set[asyncio.Task[Any]] = set()
         self._fetching: asyncio.Task[None] | None = None
+        self._ending_pauses: asyncio.Task[None] | None = None
 
     def layout(self) -> Layout:
         """The present layout, as announced."""
@@ -130,6 +135,8 @@ class Switcher:
         self._collect_later(transaction)
         if transaction.journey.unplaced and (self._fetching is None or self._fetching.done()):
             self._fetching = self._later(self._fetch_paused())
+        if self._pauses.next_due() is not None and (self._ending_pauses is None or self._ending_pauses.done()):
+            self._ending_pauses = self._later(self._end_pauses())
         logger.info(
             "Switch %d: %s -> %s (%s, %s) in %.1f ms.",
             record["epoch"], record["from"], record["to"], reason, method, 1e3 * record["seconds"]["total"],
@@ -144,7 +151,13 @@ class Switcher:
             self._board.publish(replace(state, has_switched=True))
             state = self._board.read()
         transaction = SwitchTransaction(
-            state.epoch + 1, self.layout(), target, method, rates=self._rates, last_resort=last_resort
+            state.epoch + 1,
+            self.layout(),
+            target,
+            method,
+            rates=self._rates,
+            last_resort=last_resort,
+            pausing=self._pausing(target, reason),
         )
         self._running = transaction
         try:
@@ -154,6 +167,7 @@ class Switcher:
         record = switch_record(transaction, seconds, reason)
         if transaction.holds:
             self._announce(state, transaction, record)
+            self._note_pauses(transaction)
             await self._hand_over(transaction)
         else:  # the epoch is used up: an engine may have seen it
             self._board.publish(replace(state, epoch=transaction.epoch, last_switch=record))
@@ -162,6 +176,18 @@ class Switcher:
             logger.warning("Switch %d %s: %s", transaction.epoch, record["outcome"], record["error"])
             raise SwitchFailed(record, timed_out=transaction.failure == _time_limit(timeout_s))
         return transaction, record
+
+    def _pausing(self, target: Layout, reason: str) -> Pausing:
+        now = time.monotonic()
+        expected_s = self._pauses.expected(now, self.layout(), target)
+        kept = self._pauses.kept(now) if reason == FETCHING else frozenset()
+        return Pausing(expected_s, self._settings.flex_delay_weight, kept)
+
+    def _note_pauses(self, transaction: SwitchTransaction) -> None:
+        now, journey = time.monotonic(), transaction.journey
+        self._pauses.switched(now, transaction.source, transaction.target)
+        left = {request_id: journey.offers[request_id].source for request_id in journey.left}
+        self._pauses.leave(now, journey.offers.keys(), left, transaction.pausing.expected_s)
 
     async def _run(self, transaction: SwitchTransaction, timeout_s: float) -> dict[str, float]:
         started = time.perf_counter()
@@ -248,6 +274,40 @@ class Switcher:
                 continue
             if not transaction.journey.unplaced:
                 return
+
+    async def _end_pauses(self) -> None:
+        """Requests that were left paused for its price move once their pause is longer than was expected."""
+        while (due := self._pauses.next_due()) is not None:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            try:
+                await self._fetch_overdue()
+            except (SwitchPendingError, SwitchFailed) as error:
+                logger.debug("Requests could not be fetched from a pause now: %s", error)
+                await asyncio.sleep(FETCH_AFTER_S[0])
+
+    async def _fetch_overdue(self) -> None:
+        overdue = self._pauses.overdue(time.monotonic())
+        if overdue:  # their layout hasn't returned meanwhile
+            await self._switch(self.layout(), "migrate", FETCH_LIMIT_S, FETCHING, False)
+            self._pauses.forget(overdue)
+
+    async def end_pauses(self) -> bool:
+        """Fetch all that was left paused for its price, for somebody who needs the pages; False if there is nothing."""
+        if self._pauses.next_due() is None:
+            return False
+        self._pauses.end(time.monotonic())
+        deadline = time.monotonic() + self._settings.switch_timeout_s
+        while time.monotonic() < deadline:
+            try:
+                await asyncio.shield(self._later(self._fetch_overdue()))
+            except SwitchPendingError:
+                await asyncio.sleep(PENDING_RETRY_S)
+            except SwitchFailed as failed:
+                logger.warning("Requests could not be fetched from a pause: %s", failed)
+                return False
+            else:
+                return True
+        return False
 
     async def _collect(self, parked: list[int], layout: Layout) -> None:
         """Hand on requests that reached an engine after it was parked, before every router knew."""

@@ -241,6 +241,7 @@ class EngineAgent:
             "returnable_pages": facade.pools[facade.active_width].num_free if leading else 0,
             "begun": running + waiting,
             "finished": self._finishing,
+            "largest_aside": max((kv_tokens_needed(each, facade.max_model_len) for each in facade.held), default=0),
             "paused_widths": departures.paused_widths(facade),
         }
 

@@ -58,6 +58,11 @@ class Settings:
     """Seconds that a begun request waits for room in a new layout before its KV is given up and computed again there,
     if it fits there at all."""
 
+    flex_delay_weight: float = 0.01
+    """With the method `auto`: what a second for which a request with a priority above 0 (`service_tier` `flex`) stays
+    paused counts beside a second of everybody's delay; 1 is as for all others. A request stays paused, its KV in place,
+    where that costs less than to move it, once it is known how long its layout is likely to be away."""
+
     deferred_limit_s: float = 10.0
     """Seconds for which requests stand back while urgent ones (priority below 0) run, with the policies `auto` and
     `priority`; then they share the steps again until there is a while without urgent ones."""
@@ -124,6 +129,8 @@ class Settings:
         for name in ("cooldown_s", "margin", "patience_s", "manual_hold_s"):
             if not 0 <= getattr(self, name) <= 86400:
                 raise SettingsError(f"setting {name!r} is {getattr(self, name)!r}; allowed: 0 or more, at most 86400")
+        if not 0 <= self.flex_delay_weight <= 1:
+            raise SettingsError(f"setting 'flex_delay_weight' is {self.flex_delay_weight!r}; allowed: 0 to 1")
         try:
             policy_by_name(self.policy)
         except ValueError as error:
