@@ -44,15 +44,18 @@ def main() -> None:
             records, gaps = measure(server, arguments.requests, tokens, arguments.switches)
             moved = median(record["kv"]["bytes"] for record in records)
             rate = median(record["kv"]["bytes_per_s"] for record in records)
-            plain = plain_rate(server, int(moved))
+            plain, read = (plain_rate(server, call, int(moved)) for call in ("flying_copy_rate", "flying_read_rate"))
             allowed = moved / arguments.requests / rate + 2 * gaps.step_s + 0.020
             within = sum(gap <= allowed for gap in gaps.longest) / len(gaps.longest)
-            data[tokens] = {"records": records, "plain_bytes_per_s": plain, "gaps_s": gaps.longest, "allowed_gap_s": allowed}
+            data[tokens] = {"records": records, "plain_bytes_per_s": plain, "read_bytes_per_s": read,
+                            "gaps_s": gaps.longest, "allowed_gap_s": allowed}
             rows.append([tokens, f"{moved / 1e6:.1f}", f"{rate / 1e6:.0f}", f"{plain / 1e6:.0f}", f"{rate / plain:.2f}",
+                         *((f"{read / 1e6:.0f}", f"{rate / read:.2f}") if read else ("", "")),
                          f"{1e3 * gaps.step_s:.0f}", f"{1e3 * median(gaps.longest):.0f}", f"{1e3 * max(gaps.longest):.0f}",
                          f"{1e3 * allowed:.0f}", f"{100 * within:.0f} %"])  # fmt: skip
             print(rows[-1], flush=True)
-    columns = ["prompt tokens of each request", "MB between workers", "migration MB/s", "plain copy MB/s", "ratio",
+    columns = ["prompt tokens of each request", "MB between workers", "migration MB/s", "plain exchange MB/s", "ratio",
+               "plain read MB/s", "ratio",
                "usual gap, ms", "gap at a switch, median ms", "longest ms", "own KV over that rate + 2 steps + 20 ms",
                "within that"]  # fmt: skip
     write("migrate", data, markdown(columns, rows))
@@ -80,9 +83,9 @@ def measure(server: Server, requests: int, tokens: int, switches: int) -> tuple[
     return [record for record in records if record["requests"]["moved"]], Gaps(median(steps), longest)
 
 
-def plain_rate(server: Server, num_bytes: int) -> float:
+def plain_rate(server: Server, call: str, num_bytes: int) -> float:
     """Bytes per second between the workers, engines apart."""
-    body = {"method": "flying_copy_rate", "args": [str(num_bytes), "2"]}
+    body = {"method": call, "args": [str(num_bytes), "2"]}
     response = server.client.post("/collective_rpc", json=body)
     assert response.status_code == 200, response.text
     return float(response.json()["results"][0])

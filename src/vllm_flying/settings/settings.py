@@ -104,7 +104,8 @@ class Settings:
     """File to which decisions, and what they gained, are appended, one JSON object per line; `vllm-flying explain` reads it."""
 
     staging_bytes: int = 64 * 2**20
-    """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way."""
+    """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way. KV
+    that workers read in each other's memory, as on CPU, is not staged."""
 
     startup_timeout_s: float = 300.0
     """Seconds that a worker waits at start for the workers of all engines."""

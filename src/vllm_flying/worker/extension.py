@@ -7,9 +7,11 @@ platform's own worker class (see `worker.worker`), where it wraps start-up and e
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
@@ -26,12 +28,15 @@ from vllm_flying.worker.communicators import (
     use_communicators,
 )
 from vllm_flying.worker.group_calls import GroupCalls
+from vllm_flying.worker.host_pool import CanNotShare, HostPool
 from vllm_flying.worker.kv_views import SharedPool, kernel_blocks_of, raw_pool, wide_kv_cache_config
 from vllm_flying.worker.layout_table import LayoutTable, WorkerLayout, wide_vllm_config
 from vllm_flying.worker.memory import memory_report
 from vllm_flying.worker.probe import probe_runner
 from vllm_flying.worker.relay import Relay
 from vllm_flying.worker.sampling_seed import seed_sampling
+from vllm_flying.worker.transfer import layer_pages
+from vllm_flying.worker.transports import choose_transport, make_host_pool
 
 logger = init_logger("vllm.flying.worker")
 
@@ -115,8 +120,12 @@ class WorkerExtension(GroupCalls):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Make the KV pool, then each wider layout's view of the same bytes."""
-        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        host_pool = make_host_pool(kv_cache_config) if current_platform.is_cpu() else CanNotShare("it isn't in CPU memory")
+        with SharedPool(host_pool.buffer) if isinstance(host_pool, HostPool) else nullcontext():
+            super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         pool = raw_pool(self.model_runner)
+        if isinstance(host_pool, HostPool) and pool.data_ptr() != host_pool.buffer.data_ptr():
+            raise RuntimeError("vLLM made a KV pool of its own; it must use the one that other workers can read")
         cache_config = self.vllm_config.cache_config
         for layout in self._flying.wide:
             wide = wide_kv_cache_config(kv_cache_config, layout.width)
@@ -130,6 +139,13 @@ class WorkerExtension(GroupCalls):
                 layout.runner.initialize_kv_cache(wide, kv_cache_allocation_context=SharedPool(pool))
             if raw_pool(layout.runner).data_ptr() != pool.data_ptr():
                 raise RuntimeError(f"the layout of width {layout.width} got a KV pool of its own; it must share one")
+        self._flying_transport = choose_transport(
+            host_pool,
+            lambda: layer_pages(self.model_runner, self._flying[1].kernel_blocks_per_page),
+            self._flying_place.num_engines,
+            get_world_group().cpu_group,
+            settings_from_vllm_config(self.vllm_config).staging_bytes,
+        )
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up every layout, in the same order on all workers: the wider ones meet in collectives."""

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from vllm_flying.core.migration import KVMove
-from vllm_flying.settings import settings_from_vllm_config
+from vllm_flying.core.topology import aligned_group
 from vllm_flying.worker.communicators import WorkerPlace
-from vllm_flying.worker.copy_rate import plain_copy_rate
+from vllm_flying.worker.copy_rate import plain_copy_rate, plain_read_rate
 from vllm_flying.worker.kv_views import kernel_block_size
 from vllm_flying.worker.layout_table import LayoutTable
+from vllm_flying.worker.pull import Pull
 from vllm_flying.worker.request_state import export_states, forget_states, install_states
-from vllm_flying.worker.transfer import TransferPlace, layer_pages, move_kv
+from vllm_flying.worker.transfer import TransferPlace, Transport, layer_pages, move_kv
 
 PREFIX = "_flying_do_"
 
@@ -31,6 +32,7 @@ class GroupCalls:
     device: Any
     _flying: LayoutTable
     _flying_place: WorkerPlace
+    _flying_transport: Transport
 
     def flying_together(self, operation: str, *arguments: Any) -> Any:
         """Leading engine: run an operation on every worker of this worker's group."""
@@ -48,6 +50,15 @@ class GroupCalls:
         """Bytes per second of a plain exchange in the group of `width`. Arguments as vLLM's RPC route brings them."""
         group = self._flying[int(width)].tensor_parallel_group.device_group
         return plain_copy_rate(int(num_bytes), group, self.device)
+
+    def flying_read_rate(self, num_bytes: str, width: str) -> float:
+        """The same of plain reads of the other workers' memory; 0 where KV doesn't move like this."""
+        transport, place = self._flying_transport, self._flying_place
+        if not isinstance(transport, Pull):
+            return 0.0
+        members = aligned_group(place.engine, int(width))
+        others = [pool for engine, pool in transport.others.items() if engine in members]
+        return plain_read_rate(int(num_bytes), self._flying[int(width)].tensor_parallel_group.device_group, others)
 
     def flying_export(self, request_ids: dict[int, list[str]]) -> dict[str, bytes]:
         """What the runners of former layouts (by width) know of begun requests."""
@@ -88,7 +99,7 @@ class GroupCalls:
             ),
             layer_pages(alone.runner, alone.kernel_blocks_per_page),
             lambda width: self._flying[width].tensor_parallel_group.device_group,
-            settings_from_vllm_config(self.vllm_config).staging_bytes,
+            self._flying_transport,
         )
 
     def _flying_physical(self, width: int, pages: Sequence[int]) -> Sequence[int]:
