@@ -8,13 +8,14 @@ read it with `pread`: they map nothing, so that nobody's resident memory or page
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from vllm_flying.worker.large_pages import map_aligned, use_large_pages, wants_large_pages
 
 
 class CanNotShare(RuntimeError):
@@ -47,11 +48,14 @@ class HostPool:
             # Pages that aren't to be had are refused here; touching such a page later would end the process.
             os.posix_fallocate(self._fd, 0, num_bytes)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self.buffer = torch.frombuffer(mmap.mmap(self._fd, num_bytes), dtype=torch.int8).zero_()
+            self.buffer = map_aligned(self._fd, num_bytes)
         except OSError as error:
             if self._fd >= 0:
                 os.close(self._fd)
             raise CanNotShare(f"no shared memory of {num_bytes} bytes: {error}") from error
+        if wants_large_pages():
+            use_large_pages(self.buffer)
+        self.buffer.zero_()
 
     def offer(self, layers: Sequence[torch.Tensor]) -> PoolOffer:
         """`layers` are views of the buffer."""
