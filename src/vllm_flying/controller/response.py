@@ -15,7 +15,7 @@ from dataclasses import dataclass
 BUSIEST = 0.95
 # As far as is looked ahead.
 HORIZON_S = 10.0
-HALVINGS = 12
+HALVINGS = 24
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ def _decoding_soon(numbers: tuple[float, float, float], rate: float, load: Load,
     """Decoding requests of a group at the end of the horizon, those that are `present` at least.
 
     Of those who decode some leave, the more of them the more there are, until that balances arrivals (Little's law). A
-    group that can't keep up has no such balance and fills by what is beyond. The pace is that of half way.
+    group that can't keep up has no such balance and fills by what is beyond. As many leave all the time as at the end,
+    so that more to begin with, or more that arrive, never come to fewer.
     """
     fixed, per_prompt_token, per_decode = numbers
     left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
 
-    def more_come_than_fit(decoding: float) -> bool:
-        between = (present + decoding) / 2
-        leaving = between * left_of_prompts / (load.output_tokens * (fixed + per_decode * between))
+    def still_fills(decoding: float) -> bool:
+        leaving = decoding * left_of_prompts / (load.output_tokens * (fixed + per_decode * decoding))
         return present + (rate - leaving) * HORIZON_S > decoding
 
     least, most = present, present + rate * HORIZON_S
     for _ in range(HALVINGS):
         between = (least + most) / 2
-        least, most = (between, most) if more_come_than_fit(between) else (least, between)
+        least, most = (between, most) if still_fills(between) else (least, between)
     return most

@@ -5,7 +5,7 @@ Pure: no torch, no vllm.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,19 @@ def urgent_width(widths: Collection[int], num_engines: int) -> int:
     """
     leaving = [width for width in widths if 1 < width <= num_engines // 2]
     return max(leaving or widths)
+
+
+def hint_of(extra_args: Mapping[str, Any] | None) -> Hint:
+    """The hint among a request's extra arguments."""
+    return parse_hint((extra_args or {}).get(HINT_KEY))
+
+
+def wanted_width(
+    hint: Hint, is_urgent: bool, widths: Collection[int], engine_tp: int, num_engines: int
+) -> int | None:
+    """Group width that a request asks for, by its hint, else by its urgency; None if any will do."""
+    width = hint.width(widths, engine_tp)
+    return urgent_width(widths, num_engines) if width is None and is_urgent else width
 
 
 def parse_hint(value: Any) -> Hint:

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from vllm_flying.core.affinity import Prefix, PrefixAffinity, prefix_keys
-from vllm_flying.core.hints import HINT_KEY, Hint, HintError, parse_hint, urgent_width
+from vllm_flying.core.hints import HINT_KEY, Hint, HintError, hint_of, wanted_width
 from vllm_flying.core.lengths import fills_context
 from vllm_flying.core.routing import GroupState, Route, candidates, choose_group, groups_with_width
 from vllm_flying.core.topology import Group, Layout
@@ -167,17 +167,16 @@ class Router:
         return bool(request.priority < 0) and self.settings.policy in URGENT_POLICIES
 
     def _hint(self, request: Any) -> Hint:
-        extra = getattr(request.sampling_params, "extra_args", None) or {}
-        return parse_hint(extra.get(HINT_KEY))
+        return hint_of(getattr(request.sampling_params, "extra_args", None))
 
     def _wanted_width(self, request: Any) -> int | None:
         """By the request's hint, else by its urgency; None if any will do."""
-        widths = {1, *self.settings.built_widths()}
+        settings = self.settings
+        widths, urgent = {1, *settings.built_widths()}, self._is_urgent(request)
         try:
-            width = self._hint(request).width(widths, self.settings.engine_tp)
+            return wanted_width(self._hint(request), urgent, widths, settings.engine_tp, settings.num_engines)
         except HintError as error:
             raise VLLMValidationError(str(error), parameter=HINT_KEY) from None
-        return urgent_width(widths, self.settings.num_engines) if width is None and self._is_urgent(request) else width
 
     def _tokens(self, request: Any, state: BoardState) -> int:
         """KV tokens that the request may need; of one that only fills the context, as many as there are: `core.lengths`."""
