@@ -464,6 +464,7 @@ class EngineAgent:
         self._preparing = None
         self.facade.holding = False
         self.facade.stopped = False
+        self.facade.has_resumed = True
 
     # ---- requests from other engines ------------------------------------------------------------------------------
 

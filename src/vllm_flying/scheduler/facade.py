@@ -7,6 +7,7 @@ switch reach the right one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +37,10 @@ from vllm_flying.worker.kv_views import wide_kv_cache_config
 from vllm_flying.worker.layout_table import wide_vllm_config
 
 logger = init_logger("vllm.flying.scheduler")
+
+# What vLLM's output thread needs for a switch's reply. Else it gets the interpreter (in turns of 5 ms) and a processor
+# only once the first step is under way, and whoever asked for the switch waits for that.
+REPLY_S = 0.0005
 
 
 class FlyingScheduler(SchedulerInterface):
@@ -84,6 +89,8 @@ class FlyingScheduler(SchedulerInterface):
         """A switch is being prepared: new requests are kept aside."""
         self.stopped = False
         """A switch is being prepared: no steps."""
+        self.has_resumed = False
+        """A switch has just ended: vLLM's output thread is to send the reply."""
         self.held: list[Request] = []
         """Kept aside: for the next layout, for the leader, or for a group that can hold them."""
         self.meter = EngineMeter(self.schedulers)
@@ -234,6 +241,9 @@ class FlyingScheduler(SchedulerInterface):
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """The active scheduler's next step, tagged."""
+        if self.has_resumed:
+            self.has_resumed = False
+            time.sleep(REPLY_S)
         self._update_deferral()
         output = self.active.schedule(throttle_prefills)
         if not output.total_num_scheduled_tokens:
