@@ -126,11 +126,12 @@ def _table(cases: dict[str, list[dict[str, Any]]], restart_s: float) -> str:
             undisturbed = [record for record in chosen if not record["stolen_ms"]]
             moved = sum(record["requests"]["moved"] for record in chosen) / len(chosen)
             megabytes = sum(record["kv"]["bytes"] for record in chosen) / len(chosen) / 1e6
-            rows.append([name, direction, *_times(chosen), len(undisturbed), *_times(undisturbed), f"{moved:.1f}",
+            stopped = median(1e3 * (r["seconds"]["total"] - r["seconds"]["prepare"] - r["seconds"]["extend"]) for r in chosen)
+            rows.append([name, direction, *_times(chosen), f"{stopped:.1f}", len(undisturbed), *_times(undisturbed), f"{moved:.1f}",
                          f"{megabytes:.2f}"])  # fmt: skip
-    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", *[""] * 8])
+    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", *[""] * 9])
     columns = ["case", "direction", "reply, median ms", "p99 ms", "beyond steps in flight, median ms",
-               "undisturbed", "reply, median ms", "p99 ms", "beyond steps in flight, median ms",
+               "engines at rest, median ms", "undisturbed", "reply, median ms", "p99 ms", "beyond steps in flight, median ms",
                "requests moved", "MB between workers"]  # fmt: skip
     return markdown(columns, rows)
 
