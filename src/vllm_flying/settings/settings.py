@@ -70,9 +70,9 @@ class Settings:
     switch_timeout_s: float = 30.0
     """Seconds after which a switch that names no limit is rolled back."""
 
-    policy: str = "manual"
-    """What decides on layouts: `manual` (the switch route and hints only), `auto` (the layout that serves the present
-    load first, and whatever a request needs), `load` and `long_context` (its two parts), `schedule` (the width that the
+    policy: str = "auto"
+    """What decides on layouts: `auto` (the layout that serves the present load first, and whatever a request needs),
+    `manual` (the switch route and hints only), `load` and `long_context` (its two parts), `schedule` (the width that the
     setting of this name has for the time of day), or the name of a policy that another package offers. See
     docs/policies.md."""
 
