@@ -48,6 +48,12 @@ class Engine:
         self.draining: int | None = None
         self.drained: set[str] = set()
         self.began: set[str] = set()
+        self.hot = 0
+        """Pages that hold cached prefixes worth moving, if so many are free."""
+        self.held: tuple[int, list[int]] = (1, [])
+        """Width, and pages of it, that are held for prefixes."""
+        self.caching: list[int] = []
+        """Pages of the present group into which prefixes are copied."""
 
     def dissolve(self) -> None:
         pages, self.free[len(self.group)] = sorted(self.free[len(self.group)]), set()
@@ -58,6 +64,11 @@ class Engine:
     @property
     def leads(self) -> bool:
         return self.group[0] == self.engine
+
+    @property
+    def left(self) -> set[int]:
+        """Widths of former groups in which pages are free, that is, left behind by requests that ended."""
+        return {w for w, pages in self.free.items() if pages and not (self.leads and w == len(self.group))}
 
     def begin(self, request_id: str) -> None:
         width = len(self.group)
@@ -84,21 +95,41 @@ class Engine:
         self.began = set(self.requests) - before
         return {"finished": len(self.drained)}
 
-    def prepare(self, epoch: int, method: str, rates: list[float | None]) -> dict[str, Any]:
+    def pool(self, width: int) -> set[int]:
+        return self.own_free if width == 1 else self.free[width]
+
+    def let_go(self) -> None:
+        width, pages = self.held
+        self.pool(width).update(pages)
+        self.held = (1, [])
+
+    def end_caching(self) -> None:
+        self.pool(len(self.group)).update(self.caching)
+        self.caching = []
+
+    def prepare(self, epoch: int, method: str, rates: list[float | None], prefixes_to: int) -> dict[str, Any]:
         if self.preparing is not None:
             raise Refusal("switching already")
         self.preparing, self.draining = epoch, None
         width = len(self.group)
+        if prefixes_to and self.leads:
+            pages = self.pool(width)
+            self.held = (width, [pages.pop() for _ in range(min(self.hot, len(pages)))])
         returnable = len(self.free[width]) if width > 1 and self.leads else 0
-        left = {w for w, pages in self.free.items() if pages and not (self.leads and w == width)}
-        widths = sorted({width for width, _ in self.requests.values()} | left)
+        widths = sorted({width for width, _ in self.requests.values()} | self.left)
         return {
             "free_pages": len(self.own_free), "returnable_pages": returnable, "begun": len(self.requests),
-            "paused_widths": widths,
+            "paused_widths": widths, "prefix_pages": len(self.held[1]),
+            "kept": (len(self.requests), len(self.requests)), "page_tokens": 1,
         }  # fmt: skip
 
-    def move(self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool) -> dict[str, Any]:
+    def move(
+        self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool, carrying: bool
+    ) -> dict[str, Any]:
         assert self.preparing == epoch
+        if not carrying:
+            self.let_go()
+        self.end_caching()
         for width, page in self.arriving.values():
             (self.own_free if width == 1 else self.free[width]).add(page)
         self.arriving = {}
@@ -124,16 +155,29 @@ class Engine:
             if offering and not (self.leads and width == len(group))
         ]
         free_tokens = lease + 1 if len(group) > 1 else len(self.own_free) + 1
-        return moved(free_tokens, *offers, proof=self.prove() if proving and self.leads else ())
+        reply = moved(free_tokens, *offers, proof=self.prove() if proving and self.leads else ())
+        width, pages = self.held
+        if offering and pages:
+            prefix = {"name": f"prefix {self.engine}", "tokens": b"", "salt": None}
+            reply["prefixes"] = [{"width": width, "pages": pages, "hits": 2, "prefix": prefix}]
+        return reply
 
-    def admit(self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes, capacity: int) -> dict[str, Any]:
+    def admit(
+        self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes, capacity: int, prefixes: Any
+    ) -> dict[str, Any]:
         admitted = {}
         for raw in packed:
             pages = self.own_free if len(self.group) == 1 else self.free[len(self.group)]
             if pages:
                 self.arriving[raw.decode()] = (len(self.group), page := pages.pop())
                 admitted[raw.decode()] = {"target_pages": [page], "first_block": 0, "last_block": 1}
-        return {"admitted": admitted}
+        cached = {}
+        for prefix in prefixes:
+            free = self.pool(len(self.group))
+            if len(free) > 3:
+                self.caching.append(page := free.pop())
+                cached[prefix["name"]] = {"tokens": 1, "target_pages": [page], "first_block": 0, "last_block": 1}
+        return {"admitted": admitted, "prefixes": cached}
 
     def transfer(self, epoch: int, moves: list[dict[str, Any]], states: dict[str, bytes]) -> dict[str, Any]:
         for move in moves:
@@ -152,6 +196,7 @@ class Engine:
                 held, page = self.requests.pop(request_id)
                 assert held == width
                 (self.own_free if width == 1 else self.free[width]).add(page)
+        self.let_go()
         reclaimed = {}
         for width, pages in self.free.items():
             if pages and not (self.leads and width == len(self.group)):
@@ -164,6 +209,8 @@ class Engine:
         capacity: dict[int, int],
     ) -> dict[str, Any]:
         self.epoch, self.preparing = epoch, None
+        self.let_go()
+        self.end_caching()
         for width, pages in returned.items():
             self.own_free.update(self.leases.take_back(width, pages).tolist())
         self.requests |= self.arriving
@@ -182,6 +229,7 @@ class Engine:
     def cancel(self, epoch: int) -> None:
         if self.preparing == epoch:
             self.preparing = None
+            self.let_go()
         if self.draining == epoch:
             self.draining = None
 
@@ -219,6 +267,7 @@ def check_pages(engines: list[Engine], layout: Layout, begun: set[str]) -> None:
     for engine in engines:
         assert engine.group == layout.group_of(engine.engine)
         assert engine.preparing is None and engine.draining is None and not engine.arriving and engine.handed_back is None
+        assert not engine.held[1] and not engine.caching, "pages of prefixes are held for ever"
         held = {page for width, page in engine.requests.values() if width == 1}
         lent = engine.leases.lent_pages()
         assert engine.own_free.isdisjoint(lent) and held.isdisjoint(engine.own_free | lent)
@@ -248,6 +297,8 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
             if data.draw(st.booleans()):
                 engines[home].abort(request_id)
         begun = {request_id for engine in engines for request_id in engine.requests}
+        for each in engines:
+            each.hot = data.draw(st.integers(0, 4))
         target = data.draw(layouts(NUM_ENGINES))
         method = data.draw(st.sampled_from(["pause", "migrate", "soft"]))
         before = [Phase.DRAIN, Phase.PREPARE]
@@ -256,6 +307,8 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
         late = data.draw(st.booleans())
         if len(group := layout.group_of(engine)) > 1 and engine == group[0] and failing is Phase.MOVE:
             late = True  # members wait for their leader to leave: one that can't is a dead engine, not a refusal
+        if failing is Phase.MOVE and any(engine.left for engine in engines):
+            late = True  # one that never joined doesn't hear which pages of a former group its leader gave back
 
         def fails(call: Call, phase: Phase, before: bool, *, failing=failing, engine=engine, late=late) -> bool:  # type: ignore[no-untyped-def]
             # A refusal happens before an engine acts; a time limit passes after it did.
@@ -276,6 +329,8 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
             assert transaction.journey.arrived or not transaction.journey.offers, "nobody is stranded"
         if transaction.phase is Phase.COMMITTED:
             assert transaction.failure is None or failing is None
+            if transaction.carries_prefixes:
+                assert not transaction.journey.unplaced, "a begun request waits for the sake of a prefix"
             layout = target
         check_pages(engines, layout, begun)
 
@@ -434,6 +489,21 @@ def test_engines_prove_as_they_move_unless_something_is_to_be_copied_first(metho
     transaction.replied(0, moved(5, proof=proof if proving else ()))
     calls = transaction.replied(1, moved(5))
     assert [call.operation for call in calls] == (["commit", "commit"] if proving else ["prove"])
+
+
+@pytest.mark.parametrize(("kept", "carrying"), [((0, 0), True), ((1, 100), True), ((1, 161), False)])
+def test_hot_prefixes_cost_a_round_and_give_their_pages_up_where_requests_may_need_room(
+    kept: tuple[int, int], carrying: bool
+) -> None:
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "auto")
+    assert [call.arguments["prefixes_to"] for call in transaction.start()] == [2, 2]
+    for engine, held in ((0, 3), (1, 0)):
+        reply = {"free_pages": 9 - held, "returnable_pages": 0, "begun": 0, "page_tokens": 16}
+        calls = transaction.replied(engine, {**reply, "prefix_pages": held, "kept": kept if held else (0, 0)})
+    expected = {"carrying": carrying, "offering": carrying, "proving": not carrying, "lease": 6 if carrying else 9}
+    assert all({name: call.arguments[name] for name in expected} == expected for call in calls)
+    undoing = transaction.failed(0, "refused") + transaction.replied(1, moved(5))
+    assert [(call.operation, call.arguments["lease"]) for call in undoing] == [("move", 0)] * 2
 
 
 def test_a_wrong_proof_in_a_move_is_undone() -> None:

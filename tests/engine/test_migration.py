@@ -283,3 +283,28 @@ def test_cached_prefixes_outlive_the_other_layout(server: Server) -> None:
         server.tokens(prompt, 8)
     server.switch(DP)
     assert computed(alone, expected[0], headers=headers) == 647
+
+
+def test_a_hot_prefix_follows_although_no_request_holds_it(server: Server) -> None:
+    (prefix,) = random_prompts(84, (640,))
+    prompts = [[*prefix, *own] for own in random_prompts(85, [24] * 9)]
+    expected = [server.tokens(prompt, 8) for prompt in prompts]
+    reset_prefixes(server)
+
+    def computed(index: int, **options: Any) -> int:
+        before = server.scheduled_tokens()
+        assert server.tokens(prompts[index], 8, **options) == expected[index]
+        return server.scheduled_tokens() - before
+
+    ranks = [{"headers": {"X-data-parallel-rank": str(rank)}} for rank in (0, 1)]
+    assert [computed(index, **ranks[1]) for index in range(3)] == [671, 31, 31]
+    merge = server.switch(TP, method="migrate")
+    assert merge["requests"] == NONE and merge["kv"]["bytes"] > 0
+    assert merge["prefixes"] == {"moved": 1, "tokens": 640}
+    assert [computed(index) for index in (3, 4)] == [31, 31], "found, and it gives the same tokens"
+    split = server.switch(DP, method="auto")
+    assert split["requests"] == NONE and split["prefixes"]["moved"] == 1
+    assert [computed(5, **ranks[0]), computed(6, **ranks[1])] == [31, 31]
+    again = server.switch(TP, method="migrate")
+    assert again["prefixes"] == {"moved": 0, "tokens": 0}, "each engine's requests hit it once since"
+    assert computed(7) == 31, "it stayed in place"

@@ -98,7 +98,7 @@ def test_a_switch_is_one_span(spans: Any, tmp_path: Path) -> None:
         "flying.epoch": 5, "flying.from": "[[0], [1]]", "flying.to": "[[0, 1]]", "flying.method": "pause",
         "flying.reason": "operator", "flying.outcome": "committed", "flying.waves": 1, "flying.requests.moved": 0,
         "flying.requests.paused": 6, "flying.requests.finished": 0, "flying.requests.recomputed": 0,
-        "flying.kv.bytes": 0,
+        "flying.prefixes.moved": 0, "flying.prefixes.tokens": 0, "flying.kv.bytes": 0,
     }  # fmt: skip
 
 

@@ -65,6 +65,8 @@ class SteppedEngine:
         self.released: Any = None
         self.started: list[str] = []
         self.resumed: list[str] = []
+        self.copies: list[dict[str, Any]] = []
+        """What workers were last told to copy."""
         self._everyone = everyone
 
     def _call_workers(self, method: str, arguments: tuple[Any, ...] = (), non_block: bool = False) -> Any:
@@ -82,6 +84,8 @@ class SteppedEngine:
             return [PAGE_TOKENS]
         if (method, arguments[0]) in (("flying_together", "prove"), ("flying_lead", len(group))):
             return [[{"engine": e, "tp_size": len(group), "tp_rank": rank} for rank, e in enumerate(group)]]
+        if arguments[0] == "transfer":
+            self.copies = arguments[1]
         return [{"bytes": 0, "seconds": 0.0}]
 
     def step(self) -> list[Any]:

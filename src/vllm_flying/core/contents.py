@@ -27,10 +27,6 @@ class PageContents:
         """The layout of `width` has handed these pages out to requests."""
         self._writer[as_pages(physical)] = width
 
-    def forget(self, physical: PageNumbers) -> None:
-        """Nobody knows any more what these pages hold."""
-        self._writer[as_pages(physical)] = 0
-
     def choose(self, width: int, virtual: Pages, free: Pages) -> Pages:
         """Which of the `free` pages stand behind `virtual` ones, as many.
 

@@ -14,6 +14,7 @@ from typing import Any
 from vllm_flying.core.contents import common
 from vllm_flying.core.migration import Offer, lasting_capacity, place_offers
 from vllm_flying.core.pauses import Pausing
+from vllm_flying.core.prefixes import PrefixJourney
 from vllm_flying.core.pricing import MoveRates, Price, Ways, choose_ways
 from vllm_flying.core.topology import Group, Layout, aligned_group
 
@@ -63,6 +64,8 @@ class Journey:
     """Aborted at their source meanwhile."""
     bytes_moved: int = 0
     seconds: float = 0.0
+    prefixes: PrefixJourney = field(default_factory=PrefixJourney)
+    """Cached prefixes that come along."""
     intact: dict[Group, list[bytes]] = field(default_factory=dict)
     """Per merged group what its members say: bitmaps of the group's pages that hold what it wrote before."""
     _free: dict[int, int] = field(default_factory=dict)
@@ -90,6 +93,8 @@ class Journey:
             source = aligned_group(engine, raw["width"])
             fields = {key: value for key, value in raw.items() if key not in ("width", "pages")}
             self.offers[raw["request_id"]] = Offer(source=source, pages=tuple(raw["pages"]), **fields)
+        for raw in reply.get("prefixes", ()):
+            self.prefixes.offered(aligned_group(engine, raw["width"]), raw)
         group = self.target.group_of(engine)
         self.intact.setdefault(group, []).append(reply["intact"])
         if engine == group[0]:
@@ -99,7 +104,7 @@ class Journey:
             self.prefill_s[group] = reply["prefill_s"]
 
     def admissions(self, groups: Sequence[Group]) -> list[Call]:
-        """Offers to the leaders that have room for them."""
+        """Offers to the leaders that have room for them, prefixes to all that share an engine with theirs."""
         begin_again = {offer.request_id for offer in self.offers.values() if offer.begins_again}
         ways, kept = self._ways(), self.offers.keys() & self.pausing.kept
         placed, unplaced, capacity = self._place(groups, ways.recomputed | begin_again, ways.paused | kept)
@@ -109,6 +114,7 @@ class Journey:
         if self.last_resort:
             for offer in unplaced:
                 self._place_anew(offer, placed)
+        prefixes = {group: self.prefixes.to_admit(group) for group in placed}
         return [
             Call(
                 group[0],
@@ -119,10 +125,11 @@ class Journey:
                     "recomputed": [o.request_id for o in offers if o.request_id in self.recomputed],
                     "intact": self._intact(group),
                     "capacity": self.capacity[group],
+                    "prefixes": prefixes[group],
                 },
             )
             for group, offers in placed.items()
-            if offers
+            if offers or prefixes[group]
         ]
 
     def _place(
@@ -166,17 +173,18 @@ class Journey:
             placed[min(able, key=lambda group: (len(placed[group]) / len(group), group))].append(offer)
 
     def admitted(self, leader: int, reply: dict[str, Any]) -> None:
-        """A leader has pages for these requests."""
+        """A leader has pages for these requests and prefixes."""
         for request_id, admission in reply["admitted"].items():
             offer = self.offers[request_id]
             self.arrived[request_id] = leader
             if admission["last_block"] > admission["first_block"]:
                 move = {"source": list(offer.source), "source_pages": list(offer.pages)}
                 self.moves.append({**move, "target": list(self.target.group_of(leader)), **admission})
+        self.moves += self.prefixes.admitted(self.target.group_of(leader), reply.get("prefixes", {}))
 
     def transfers(self, groups: Sequence[Group]) -> list[Call]:
         """Copy the KV: every group's workers, at once, since they meet in collectives."""
-        if not self.arrived:
+        if not self.arrived and not self.moves:
             return []
         calls = []
         for group in groups:

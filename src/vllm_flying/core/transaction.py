@@ -239,7 +239,10 @@ class SwitchTransaction:
 
     def _prepare(self, engine: int) -> Call:
         rates = [self.rates.rounds_s, self.rates.seconds_per_byte]
-        return Call(engine, "prepare", {"epoch": self.epoch, "method": self.method, "rates": rates})
+        arguments = {"epoch": self.epoch, "method": self.method, "rates": rates}
+        target = self.target.group_of(engine)
+        follow = self.migrates and target != self.source.group_of(engine)
+        return Call(engine, "prepare", {**arguments, "prefixes_to": len(target) if follow else 0})
 
     def _commit(self, engine: int) -> Call:
         arguments = {"epoch": self.epoch, "recipients": self.recipients(engine)}
@@ -248,7 +251,8 @@ class SwitchTransaction:
     def _moves(self, layout: Layout) -> list[Call]:
         offering = self.phase is Phase.MOVE and self.migrates and self._may_offer()
         proving = self.phase is Phase.MOVE and not offering
-        arguments = {"epoch": self.epoch, "offering": offering, "proving": proving}
+        carrying = self.carries_prefixes
+        arguments = {"epoch": self.epoch, "offering": offering, "proving": proving, "carrying": carrying}
         return [
             Call(engine, "move", {**arguments, "group": list(group), "lease": self.lease(group)})
             for group in self._changed_groups(layout)
@@ -257,7 +261,8 @@ class SwitchTransaction:
 
     def _may_offer(self) -> bool:
         """Where there is nothing to copy before the proof, engines prove as they move: one round less."""
-        return self._something_is_kept() or any(reply["begun"] for reply in self.prepared.values())
+        begun = any(reply["begun"] for reply in self.prepared.values())
+        return self._something_is_kept() or begun or self.carries_prefixes
 
     def _something_is_kept(self) -> bool:
         """Engines have unfinished requests, or pages that requests left in former layouts."""
@@ -282,18 +287,41 @@ class SwitchTransaction:
         return wanted - set(self.prepared)
 
     def _may_reclaim(self) -> bool:
-        """Requests have left former layouts, or only their pages are left there."""
-        return bool(self.journey.arrived) or (self.migrates and self._something_is_kept())
+        """Requests have left former layouts, or only their pages are left there, or prefixes are held."""
+        return bool(self.journey.arrived) or self.carries_prefixes or (self.migrates and self._something_is_kept())
 
     def lease(self, group: Group) -> int:
         """Pages that each member lends to `group`: as many as every member has free once its old group is left."""
         if len(group) == 1:
             return 0
-        prepared = self.prepared
-        return min(
-            int(prepared[engine]["free_pages"] + prepared[self.source.group_of(engine)[0]]["returnable_pages"])
-            for engine in group
-        )
+        return min(self._free_pages(engine) + self._pages_let_go(engine) for engine in group)
+
+    def _free_pages(self, engine: int) -> int:
+        """Pages that an engine has free once its old group is left."""
+        leader = self.source.group_of(engine)[0]
+        return int(self.prepared[engine]["free_pages"] + self.prepared[leader]["returnable_pages"])
+
+    def _pages_let_go(self, engine: int) -> int:
+        """Further ones, which cached prefixes hold that stay after all."""
+        leader = self.source.group_of(engine)[0]
+        return 0 if self.carries_prefixes else int(self.prepared[leader].get("prefix_pages", 0))
+
+    @property
+    def carries_prefixes(self) -> bool:
+        """Hot prefixes follow where, beside what they hold, every changing group has room for all begun requests at once.
+
+        So none of these finds less room than without them.
+        """
+        replies = self.prepared.values()
+        if not self.migrates or not any(reply.get("prefix_pages") for reply in replies):
+            return False
+        requests, tokens = (sum(reply["kept"][i] for reply in replies) for i in (0, 1))
+        for group in self._changed_groups(self.target):
+            page_tokens = self.prepared[group[0]]["page_tokens"] * len(group)
+            free = min(self._free_pages(engine) for engine in group)
+            if free * page_tokens <= tokens + requests * page_tokens:
+                return False
+        return True
 
     def recipients(self, engine: int) -> list[int]:
         """Engines that run the fresh requests which `engine` kept aside."""

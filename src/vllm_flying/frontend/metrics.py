@@ -34,6 +34,8 @@ DEFINITIONS = {
     "moved": Definition("counter", "requests_moved", "Begun requests that moved into the new layout with their KV."),
     "recomputed": Definition("counter", "recomputed_tokens", "Tokens whose KV was given up at switches; 0 where "
                              "memory suffices."),
+    "prefixes": Definition("counter", "prefixes_moved", "Hot cached prefixes that followed a switch without a request."),
+    "prefix_tokens": Definition("counter", "prefix_tokens_moved", "Tokens of these whose KV was copied."),
     "bytes": Definition("counter", "kv_bytes_moved", "Bytes of KV that went from worker to worker at switches."),
     "hints": Definition("counter", "hints", "Requests with a parallelism_hint, by whether a group of that width took them, also after their begin.",
                         ("hint", "honoured")),
@@ -83,6 +85,8 @@ class Metrics:
             self._collectors["paused"].inc(record["requests"]["paused"])
             self._collectors["recomputed"].inc(record["recomputed_tokens"])
             self._collectors["moved"].inc(record["requests"]["moved"])
+            self._collectors["prefixes"].inc(record["prefixes"]["moved"])
+            self._collectors["prefix_tokens"].inc(record["prefixes"]["tokens"])
             self._collectors["bytes"].inc(record["kv"]["bytes"])
 
     def hinted(self, hint: str, honoured: bool) -> None:

@@ -43,6 +43,7 @@ def _attributes(record: dict[str, Any]) -> dict[str, str | int | float]:
         # Attributes are flat: a list of lists must be text.
         **{f"flying.{side}": json.dumps(record[side]) for side in ("from", "to")},
         **{f"flying.requests.{name}": number for name, number in record["requests"].items()},
+        **{f"flying.prefixes.{name}": number for name, number in record["prefixes"].items()},
         "flying.kv.bytes": record["kv"]["bytes"],
         **{f"flying.seconds.{phase}": seconds for phase, seconds in record["seconds"].items()},
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -55,6 +55,7 @@ class EngineAgent:
         self._resting: Future[dict[str, Any]] | None = None
         self._draining = False
         self._finishing = 0
+        self._hold_prefixes: Callable[[], int] = lambda: 0
         self._arrivals: Arrivals | None = None
         self._probes: dict[int, list[tuple[int, float]]] | None = None
         registry.register_agent(vllm_config, self)
@@ -198,12 +199,12 @@ class EngineAgent:
             raise SwitchRefused(f"engine {self.engine} is at epoch {self.epoch}; epoch {epoch} is over")
 
     def prepare(
-        self, epoch: int, method: str, rates: Sequence[float | None] = (None, None)
+        self, epoch: int, method: str, rates: Sequence[float | None] = (None, None), prefixes_to: int = 0
     ) -> dict[str, Any] | Future[dict[str, Any]]:
         """Come to rest: keep new and fresh requests aside, let steps in flight end.
 
         With `drain`, and with `auto` where that is sooner than moving them at `rates` (see MoveRates), begun requests
-        finish first.
+        finish first. Hot cached prefixes are to follow into a layout of the width `prefixes_to`; 0: they stay.
         """
         self._check_unprepared(epoch)
         self._preparing = epoch
@@ -212,6 +213,8 @@ class EngineAgent:
         if not facade.parked:
             facade.deferral.put_back(facade.active)
             facade.set_aside_fresh()
+        page_bytes = departures.page_bytes(facade)
+        self._hold_prefixes = partial(facade.prefixes.hold, prefixes_to, MoveRates(*rates), page_bytes)
         drains = method == "drain" or (method == "auto" and departures.finishing_pays(facade, MoveRates(*rates)))
         self._draining = drains and not facade.parked and facade.active.has_requests()
         self._finishing = sum(facade.active.get_request_counts()) if self._draining else 0
@@ -236,6 +239,7 @@ class EngineAgent:
         facade.stopped = True
         running, waiting = (0, 0) if facade.parked else facade.active.get_request_counts()
         leading = not facade.parked and facade.active_width > 1
+        prefix_pages = self._hold_prefixes()
         return {
             "free_pages": facade.pools[1].num_free,
             "returnable_pages": facade.pools[facade.active_width].num_free if leading else 0,
@@ -243,17 +247,22 @@ class EngineAgent:
             "finished": self._finishing,
             "largest_aside": max((kv_tokens_needed(each, facade.max_model_len) for each in facade.held), default=0),
             "paused_widths": departures.paused_widths(facade),
+            "prefix_pages": prefix_pages,
+            "kept": departures.kept(facade),
+            "page_tokens": self._page_tokens(ALONE),
         }
 
     def move(
-        self, epoch: int, group: list[int], lease: int, offering: bool = False, proving: bool = False
+        self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool, carrying: bool
     ) -> dict[str, Any]:
         """Leave the present group and join `group`, backing `lease` more of its pages.
 
         With `offering` the reply lists the begun requests that the new layout doesn't run, with `proving` it has what
-        `prove` says, for which a leader waits until all members have joined.
+        `prove` says, for which a leader waits until all members have joined. Unless `carrying`, prefixes stay.
         """
         self._check_prepared(epoch)
+        if not carrying:
+            self.facade.prefixes.let_go()
         self._drop_arrivals()
         proof = self._leave()
         offers, staying = self._offers(tuple(group)) if offering else ([], 0)
@@ -269,6 +278,7 @@ class EngineAgent:
             "page_tokens": self._page_tokens(self.facade.active_width),
             "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
+            "prefixes": self.facade.prefixes.offers(self.engine) if offering else [],
             "staying": staying,
             "proof": proof if proving else [],
             "intact": to_bitmap(intact, self._num_pages),
@@ -342,12 +352,13 @@ class EngineAgent:
         return virtual, physical
 
     def admit(
-        self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes, capacity: int
+        self, epoch: int, packed: list[bytes], recomputed: list[str], intact: bytes, capacity: int, prefixes: list[Any]
     ) -> dict[str, Any]:
-        """Leaders: find pages for begun requests from other layouts, `recomputed` ones aside. `intact` as in `commit`."""
+        """Leaders: find pages for begun requests, `recomputed` ones aside, then for `prefixes`. `intact` as in `commit`."""
         self._check_prepared(epoch)
         self._confirm_prefixes(intact)
-        return {"admitted": self.arrivals.admit(packed, self._kernel_block_tokens, capacity, recomputed)}
+        admitted = self.arrivals.admit(packed, self._kernel_block_tokens, capacity, recomputed)
+        return {"admitted": admitted, "prefixes": self.facade.prefixes.admit(prefixes, self._kernel_block_tokens)}
 
     @cached_property
     def _kernel_block_tokens(self) -> int:
@@ -370,6 +381,7 @@ class EngineAgent:
         gone: list[str] = []
         for width, ids in departed.items():
             gone += departures.release(self.facade, int(width), ids)
+        self.facade.prefixes.let_go()
         if not self.facade.parked:
             self._call_workers("flying_together", ("forget", forget))
         reclaimed = departures.reclaim(self.facade)
@@ -400,6 +412,7 @@ class EngineAgent:
         lent = self._lend(extend) if extend else None
         self.facade.resize(self._kv_tokens() + extend * self._page_tokens(self.facade.active_width))
         dropped = self.arrivals.commit(gone or [])
+        self.facade.prefixes.commit()
         if dropped:
             self._call_workers("flying_together", ("forget", {self.facade.active_width: dropped}))
         self._go_on()
@@ -428,8 +441,8 @@ class EngineAgent:
         pool = self.facade.pools[1]
         for width, pages in returned.items():
             physical = self.leases.take_back(int(width), pages)
-            self.contents.forget(physical)
-            pool.deposit(physical)  # what they had cached was forgotten when this engine left the group
+            # What this engine had cached in them was forgotten when it left the group; what the group had is still there.
+            pool.deposit(physical)
 
     def extend(self, epoch: int, virtual: bytes, physical: dict[str, bytes]) -> dict[str, Any]:
         """Leaders: use more pages, which every member has lent; `physical` has each member's own. int32 each."""
@@ -442,6 +455,7 @@ class EngineAgent:
         return {"kv_tokens": self._kv_tokens()}
 
     def _drop_arrivals(self) -> None:
+        self.facade.prefixes.drop()
         dropped = self.arrivals.drop()
         if dropped:
             self._call_workers("flying_together", ("forget", {self.facade.active_width: dropped}))
@@ -455,6 +469,7 @@ class EngineAgent:
         if self._resting is not None:
             self._resting.set_result({})  # nobody waits for it any more
             self._resting = None
+        self.facade.prefixes.let_go()
         self._confirm_prefixes(b"")
         self._go_on()
         if not self.facade.parked:

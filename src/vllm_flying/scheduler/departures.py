@@ -42,6 +42,12 @@ def begun_requests(facade: FlyingScheduler, active_width: int | None) -> dict[in
     }
 
 
+def kept(facade: FlyingScheduler) -> tuple[int, int]:
+    """Begun requests of all widths, and the tokens of their KV: what a new layout may have to find room for."""
+    requests = [request for requests in begun_requests(facade, None).values() for request in requests]
+    return len(requests), sum(request.num_computed_tokens for request in requests)
+
+
 def can_move(request: Request) -> bool:
     """Whether another layout can go on with a begun request."""
     return request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.WAITING)

@@ -31,6 +31,7 @@ from vllm_flying.scheduler.limits import grant, grant_more, kv_tokens_needed
 from vllm_flying.scheduler.meter import EngineMeter
 from vllm_flying.scheduler.page_pool import PagePool
 from vllm_flying.scheduler.preemption import preempt_all
+from vllm_flying.scheduler.prefixes import CachedPrefixes
 from vllm_flying.scheduler.structured import note_beginning
 from vllm_flying.settings import URGENT_POLICIES, settings_from_vllm_config
 from vllm_flying.worker.kv_views import wide_kv_cache_config
@@ -81,6 +82,7 @@ class FlyingScheduler(SchedulerInterface):
         self.kv_tokens = self.pools[1].num_owned * int(block_size)
         """What this engine's group can hold, pages included that are just being lent to it."""
         self.engine_tp = settings.engine_tp
+        self.prefixes = CachedPrefixes(self, settings.staging_bytes)
         self.num_engines = settings.num_engines
         self.active_width = 1
         self.parked = False
@@ -250,6 +252,7 @@ class FlyingScheduler(SchedulerInterface):
             self.deferral.make_room(self.active)
         self._width_of_step[id(output)] = self.active_width
         self.scheduled_tokens += output.total_num_scheduled_tokens
+        self.prefixes.saw(self.active_width, output, self.active.requests)
         if self._measures:
             self.meter.step_begins(output, self.active.requests)
         return output
@@ -339,6 +342,7 @@ class FlyingScheduler(SchedulerInterface):
             self.deferral.give_up_kv(self.active)
             for scheduler in self.schedulers.values():
                 preempt_all(scheduler)
+        self.prefixes.forget()
         return all([pool.forget_prefixes() for pool in self.pools.values()])
 
     def reset_encoder_cache(self) -> None:

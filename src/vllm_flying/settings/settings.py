@@ -105,7 +105,8 @@ class Settings:
 
     staging_bytes: int = 64 * 2**20
     """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way. KV
-    that workers read in each other's memory, as on CPU, is not staged."""
+    that workers read in each other's memory, as on CPU, is not staged. Cached prefixes that follow a switch come to no more
+    than this per worker of an engine."""
 
     startup_timeout_s: float = 300.0
     """Seconds that a worker waits at start for the workers of all engines."""
