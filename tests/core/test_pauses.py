@@ -46,6 +46,9 @@ def test_switches_of_another_server_teach_nothing_wrong() -> None:
     pauses = seen((0.0, SEPARATE, PAIR), (1.0, MERGED, SEPARATE))  # who merged all, and when, is unknown
     assert pauses.expected(2.0, SEPARATE, PAIR) == {}
     assert pauses.expected(2.0, PAIR, MERGED) == {}
+    pauses = seen((0.0, SEPARATE, PAIR), (4.0, PAIR, SEPARATE), (5.0, SEPARATE, PAIR))
+    assert pauses.expected(6.0, PAIR, PAIR).keys() == {(0,), (1,)}
+    assert pauses.expected(6.0, MERGED, MERGED) == {}, "since when they are away now is unknown"
 
 
 def test_who_is_left_is_fetched_when_its_layout_is_overdue_but_not_before_and_not_if_it_is_back() -> None:

@@ -140,6 +140,18 @@ def test_what_committed_is_announced_though_others_are_lost(tmp_path: Path, monk
     run(test())
 
 
+def test_a_request_that_ended_in_its_pause_is_looked_for_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        switcher, engines, _ = make(tmp_path)
+        switcher._pauses.leave(time.monotonic(), ["r"], {"r": (0,)}, {(0,): 0.1})
+        await switcher.switch(MERGED, "pause")
+        engines.done.clear()
+        await asyncio.sleep(0.5)
+        assert engines.done.count((0, "prepare")) == 1 and switcher._pauses.next_due() is None
+
+    run(test())
+
+
 @pytest.mark.parametrize("method", ["pause", "migrate"])
 def test_requests_without_room_are_fetched_whatever_the_layout_is_by_then(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
