@@ -64,7 +64,7 @@ def test_random_switches_under_load(server: Server, stock: dict[int, dict[str, A
     source = random.Random(3)
     with Load(server, REQUESTS, stock[1]["tokens"], clients=6) as load:
         for _ in range(SWITCHES):
-            method = source.choice(["pause", "migrate", "migrate", "drain", "auto"])
+            method = source.choice(["pause", "migrate", "migrate", "drain", "soft", "auto"])
             record = server.switch(source.choice(LAYOUTS), method=method, timeout_s=120)
             assert record["outcome"] == "committed"
             time.sleep(source.uniform(0.0, 0.4))
