@@ -67,6 +67,16 @@ def test_a_constant_load_is_no_reason_to_flap(rate: float, most: int) -> None:
     assert of_the_better("response", figures, static) <= 1.08
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_small_lasting_gain_is_taken_too(seed: int) -> None:
+    """A burst in which the better layout is better by an eighth."""
+    costs: dict[int, Cost] = {1: (0.0817, 0.00303, 0.00426), 2: (0.0656, 0.0014, 0.00286)}
+    figures, static, server = run(costs, [(40.0, 0.3, 128, 16), (40.0, 5.0, 16, 48), (40.0, 0.3, 128, 16)], seed)
+    for name in ("ttft", "tpot", "response"):
+        assert of_the_better(name, figures, static) <= 1.08, name
+    assert [len(layout.groups) for _, layout in server.switches] == [1, 2, 1]
+
+
 def test_the_first_steps_of_a_layout_do_not_mislead() -> None:
     """A second of lone requests in one layout says nothing of its full batches; it used to keep the other for ever."""
     phases = [(30.0, 1.0, 512, 64), (30.0, 15.0, 128, 48)]

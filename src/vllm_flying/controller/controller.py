@@ -37,9 +37,9 @@ class Controller:
     """State between observations."""
 
     policy: Policy
-    margin: float = 0.1
+    margin: float = 0.05
     """A plan must be this much better than staying, as a share of the time predicted for staying."""
-    patience_s: float = 0.3
+    patience_s: float = 0.4
     """Seconds: what plans are better beyond the margin, added up over time, must come to this."""
     cooldown_s: float = 2.0
     switch_s: float = 0.05

@@ -87,10 +87,10 @@ class Settings:
     cooldown_s: float = 2.0
     """Seconds that the controller leaves between two switches; doubled while it flaps."""
 
-    margin: float = 0.1
+    margin: float = 0.05
     """How much sooner, as a share, requests must be done in another layout for the controller to think of it."""
 
-    patience_s: float = 0.3
+    patience_s: float = 0.4
     """What another layout is better beyond the margin, added up over time, must come to this for a switch: a layout in
     which requests take 40 % less is formed after a second, one in which they take 15 % less after six."""
 
