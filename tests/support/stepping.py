@@ -33,7 +33,8 @@ MAX_MODEL_LEN = 2048
 def make_config(model: Path, num_engines: int) -> VllmConfig:
     """The config of one engine of several."""
     init_none_hash(sha256)  # as the engine core does
-    settings = {"flying": {"num_engines": num_engines}}
+    # Nothing is computed, so what steps take would say nothing of what they cost.
+    settings = {"flying": {"num_engines": num_engines, "policy": "manual"}}
     limits = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": MAX_MODEL_LEN, "block_size": PAGE_TOKENS}
     return EngineArgs(model=str(model), additional_config=settings, async_scheduling=False, **limits).create_engine_config()
 
