@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-from vllm.config import VllmConfig
 from vllm.v1.request import Request
 
-from tests.support.checkpoints import make_checkpoint
-from tests.support.stepping import SteppedServer, make_config, make_request
+from tests.support.stepping import SteppedServer, make_request
 from vllm_flying.core.pauses import Pausing
 from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.transaction import Phase
@@ -23,26 +18,12 @@ SOON = Pausing({(0,): 1.0, (1,): 1.0}, flex_delay_weight=0.001)
 """Both engines are expected to be apart again in a second."""
 
 
-@pytest.fixture(scope="module")
-def config(checkpoints: Path) -> VllmConfig:
-    return make_config(make_checkpoint("llama", checkpoints), num_engines=2)
-
-
-@pytest.fixture
-def server(config: VllmConfig) -> SteppedServer:
-    return SteppedServer(config, 2, PAGES)
-
-
 def begin(server: SteppedServer, name: str, engine: int, prompt: int, max_tokens: int, priority: int) -> Request:
     request = make_request(name, prompt, max_tokens)
     request.priority = priority
     server.send(engine, request)
     server.step(2)
     return request
-
-
-def scheduled(server: SteppedServer) -> int:
-    return sum(engine.facade.scheduled_tokens for engine in server.engines)
 
 
 def test_a_flex_request_waits_for_its_layout_and_an_ordinary_one_moves(server: SteppedServer) -> None:
@@ -61,7 +42,7 @@ def test_a_flex_request_waits_for_its_layout_and_an_ordinary_one_moves(server: S
     assert split.journey.arrived.keys() == {"usual"} and not split.journey.left
     server.step(60)
     assert server.finished == {"flex": "length", "usual": "length"} and not server.unfinished
-    assert scheduled(server) == (100 + 40 - 1) + (30 + 40 - 1), "no token is computed twice"
+    assert server.scheduled_tokens == (100 + 40 - 1) + (30 + 40 - 1), "no token is computed twice"
 
 
 def test_a_group_waits_likewise_over_a_split(server: SteppedServer) -> None:
@@ -72,7 +53,7 @@ def test_a_group_waits_likewise_over_a_split(server: SteppedServer) -> None:
     server.switch(TP, "auto", rates=RATES)
     server.step(60)
     assert server.finished == {"flex": "length"} and not server.unfinished
-    assert scheduled(server) == 40 + 40 - 1
+    assert server.scheduled_tokens == 40 + 40 - 1
 
 
 def test_both_move_where_nothing_is_known_of_the_pause(server: SteppedServer) -> None:
@@ -107,4 +88,4 @@ def test_it_is_fetched_once_its_pause_is_over_and_not_with_those_that_lack_room(
     assert fetch.journey.arrived.keys() == {"flex"} and not fetch.journey.left
     server.step(60)
     assert server.finished == {"flex": "length", "usual": "length"} and not server.unfinished
-    assert scheduled(server) == (40 + 40 - 1) + (30 + 40 - 1)
+    assert server.scheduled_tokens == (40 + 40 - 1) + (30 + 40 - 1)

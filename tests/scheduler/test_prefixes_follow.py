@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from tests.support.checkpoints import make_checkpoint
-from tests.support.stepping import MAX_MODEL_LEN, PAGE_TOKENS, SteppedServer, make_config, make_request
+from tests.support.stepping import MAX_MODEL_LEN, PAGE_TOKENS, SteppedServer, make_request
 from vllm_flying.core.prefixes import RECENT_S
 from vllm_flying.core.topology import Layout
 from vllm_flying.core.transaction import UNDOABLE, Phase, SwitchTransaction
@@ -22,16 +19,6 @@ PAGES = 60
 LENGTH = 160
 """Tokens of the prefix: 10 pages, 5 in a group."""
 PREFIX = list(range(100, 100 + LENGTH))
-
-
-@pytest.fixture(scope="module")
-def config(checkpoints: Path) -> VllmConfig:
-    return make_config(make_checkpoint("llama", checkpoints), num_engines=2)
-
-
-@pytest.fixture
-def server(config: VllmConfig) -> SteppedServer:
-    return SteppedServer(config, 2, PAGES)
 
 
 NAMES = iter(range(10**6))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from vllm.config import VllmConfig
 from vllm.v1.request import Request
 
-from tests.support.checkpoints import make_checkpoint
-from tests.support.stepping import SteppedServer, make_config, make_request
+from tests.support.stepping import SteppedServer, make_request
 from vllm_flying.core.transaction import Phase
 from vllm_flying.frontend.record import switch_record
 from vllm_flying.scheduler.agent import SwitchRefused
@@ -17,16 +13,6 @@ from vllm_flying.scheduler.agent import SwitchRefused
 DP, TP = [(0,), (1,)], [(0, 1)]
 PAGES = 10
 """Of 16 tokens, per engine."""
-
-
-@pytest.fixture(scope="module")
-def config(checkpoints: Path) -> VllmConfig:
-    return make_config(make_checkpoint("llama", checkpoints), num_engines=2)
-
-
-@pytest.fixture
-def server(config: VllmConfig) -> SteppedServer:
-    return SteppedServer(config, 2, PAGES)
 
 
 def begin(server: SteppedServer, name: str, engine: int, max_tokens: int) -> Request:
@@ -38,10 +24,6 @@ def begin(server: SteppedServer, name: str, engine: int, max_tokens: int) -> Req
 
 def states(server: SteppedServer) -> list[str]:
     return [str(engine.agent.status()["state"]) for engine in server.engines]
-
-
-def scheduled(server: SteppedServer) -> int:
-    return sum(engine.facade.scheduled_tokens for engine in server.engines)
 
 
 def test_a_request_begins_on_the_free_engine_and_its_kv_moves_at_the_merge(server: SteppedServer) -> None:
@@ -65,7 +47,7 @@ def test_a_request_begins_on_the_free_engine_and_its_kv_moves_at_the_merge(serve
     assert switch_record(merge, {}, "test")["requests"] == {"finished": 1, "moved": 1, "recomputed": 0, "paused": 0}
     server.step(60)
     assert server.finished == {"old": "length", "new": "length", "late": "length"} and not server.unfinished
-    assert scheduled(server) == (20 + 10 - 1) + (30 + 40 - 1) + (20 + 40 - 1), "no token is computed twice"
+    assert server.scheduled_tokens == (20 + 10 - 1) + (30 + 40 - 1) + (20 + 40 - 1), "no token is computed twice"
 
 
 def test_an_engine_that_is_done_serves_what_was_kept_aside_until_the_others_are(server: SteppedServer) -> None:

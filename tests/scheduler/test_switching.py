@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import VllmConfig
 from vllm.v1.request import RequestStatus
 
-from tests.support.checkpoints import make_checkpoint
-from tests.support.stepping import SteppedServer, make_config, make_request
+from tests.support.stepping import SteppedServer, make_request
 from vllm_flying.scheduler import aborts
 from vllm_flying.scheduler.aborts import MOST, UnknownAborts
 
 DP, TP = [(0,), (1,)], [(0, 1)]
 PAGES = 10
 """Of 16 tokens, per engine: 160 tokens, and 320 in a group."""
-
-
-@pytest.fixture(scope="module")
-def config(checkpoints: Path) -> VllmConfig:
-    return make_config(make_checkpoint("llama", checkpoints), num_engines=2)
-
-
-@pytest.fixture
-def server(config: VllmConfig) -> SteppedServer:
-    return SteppedServer(config, 2, PAGES)
 
 
 def test_a_half_computed_prompt_that_begins_again_has_begun(server: SteppedServer) -> None:

@@ -134,6 +134,11 @@ class SteppedServer:
             self.engines[engine].facade.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
 
     @property
+    def scheduled_tokens(self) -> int:
+        """Tokens that all engines computed since start."""
+        return sum(engine.facade.scheduled_tokens for engine in self.engines)
+
+    @property
     def unfinished(self) -> int:
         """Requests that are somewhere, and pages that are held for some."""
         facades = [engine.facade for engine in self.engines]
