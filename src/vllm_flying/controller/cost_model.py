@@ -57,6 +57,8 @@ class StepCost:
     """Real steps seen."""
     _seen: Kinds = field(default_factory=dict)
     _probed: Kinds = field(default_factory=dict)
+    _probe_numbers: tuple[float, float, float] | None = None
+    """The fit of the probe alone; None without one."""
     _numbers: tuple[float, float, float] | None = None
     """The fit, kept while nothing is learned: engines are asked for it between steps, and in every switch."""
 
@@ -87,11 +89,13 @@ class StepCost:
             _add(self._probed, 0, int(tokens), seconds)
             if tokens > 1:
                 _add(self._probed, int(tokens) - 1, 1, seconds)
+        if self._probed:
+            self._probe_numbers = _fit(self._probed.values())
         self._numbers = None
 
     def report(self) -> list[float]:
         """As `estimates` takes it: the numbers, real steps seen, and the numbers by the probe alone, if there was one."""
-        return [*self.numbers(), self.steps, *(_fit(self._probed.values()) if self._probed else ())]
+        return [*self.numbers(), self.steps, *(self._probe_numbers or ())]
 
     def numbers(self) -> tuple[float, float, float]:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
@@ -110,9 +114,9 @@ class StepCost:
 
     def _beyond_probe(self) -> tuple[float, float]:
         """Seconds per step and per decoding request that a forward pass doesn't have: scheduling, sampling."""
-        if not self._seen or not self._probed:
+        if self._probe_numbers is None:
             return 0.0, 0.0
-        fixed, prompt, decode = _fit(self._probed.values())
+        fixed, prompt, decode = self._probe_numbers
         # Next to a long prompt it is lost in the noise.
         telling = [kind for kind in self._seen.values() if prompt * kind.prompt_tokens <= fixed]
         if not telling:

@@ -34,25 +34,26 @@ def response_s(numbers: tuple[float, float, float], num_groups: int, load: Load,
     """Seconds from a usual request's arrival to its last token, in one of `num_groups` equal groups."""
     fixed, per_prompt_token, per_decode = numbers
     rate = load.arrival_rate / num_groups
-    share_of_prompts = min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
+    left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
     present = max(1.0, load.unfinished / num_groups)
-    decoding = min(float(max_running), _decoding_soon(numbers, rate, load, present))
-    step_s = (fixed + per_decode * decoding) / (1.0 - share_of_prompts)
+    decoding = min(float(max_running), _decoding_soon(numbers, rate, load, present, left_of_prompts))
+    step_s = (fixed + per_decode * decoding) / left_of_prompts
     queued = load.prompt_tokens_queued / num_groups + load.prompt_tokens
-    first_token_s = step_s / 2 + queued * per_prompt_token / (1.0 - share_of_prompts)
+    first_token_s = step_s / 2 + queued * per_prompt_token / left_of_prompts
     turns = max(1.0, present / max_running)
     return turns * (first_token_s + load.output_tokens * step_s)
 
 
-def _decoding_soon(numbers: tuple[float, float, float], rate: float, load: Load, present: float) -> float:
+def _decoding_soon(
+    numbers: tuple[float, float, float], rate: float, load: Load, present: float, left_of_prompts: float
+) -> float:
     """Decoding requests of a group at the end of the horizon, those that are `present` at least.
 
     Of those who decode some leave, the more of them the more there are, until that balances arrivals (Little's law). A
     group that can't keep up has no such balance and fills by what is beyond. As many leave all the time as at the end,
     so that more to begin with, or more that arrive, never come to fewer.
     """
-    fixed, per_prompt_token, per_decode = numbers
-    left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
+    fixed, _, per_decode = numbers
 
     def still_fills(decoding: float) -> bool:
         leaving = decoding * left_of_prompts / (load.output_tokens * (fixed + per_decode * decoding))

@@ -27,12 +27,10 @@ from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.runtime import runtime_directory
 from vllm_flying.frontend.served import served_layouts
 from vllm_flying.frontend.soft_start import SoftStart
-from vllm_flying.frontend.switcher import Switcher, SwitchFailed
+from vllm_flying.frontend.switcher import PENDING_RETRY_S, Switcher, SwitchFailed
 from vllm_flying.settings import URGENT_POLICIES, Settings, settings_from_vllm_config
 
 logger = init_logger("vllm.flying.router")
-
-PENDING_RETRY_S = 0.01
 
 
 class Router:

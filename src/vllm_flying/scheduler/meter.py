@@ -1,7 +1,7 @@
 """What an engine counts for the controller: requests, tokens, and what its steps cost in each layout.
 
 Pure but for the duck-typed requests and step outputs of vLLM's scheduler. The work per step is a count over the
-scheduled requests and a 3x3 update.
+scheduled requests and a running mean.
 """
 
 from __future__ import annotations
