@@ -47,7 +47,7 @@ def model(checkpoints: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(model, tmp_path_factory.mktemp("reference"), requests=REQUESTS)
+    return Reference(model, tmp_path_factory.mktemp("reference"), {1: {"requests": REQUESTS}})
 
 
 @pytest.fixture(scope="module")
