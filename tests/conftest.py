@@ -1,4 +1,4 @@
-"""Shared by all tests: where checkpoints go, and no time limits on examples, which slow machines would miss."""
+"""Shared by all tests: where checkpoints go, no time limits on examples, which slow machines would miss, and quick imports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from vllm_flying.cli.imports import put_full_collections_off
+
+put_full_collections_off()
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 

@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_flying.cli.imports import put_full_collections_off
+
+put_full_collections_off()  # here, so that spawned workers do it too: they import this module first
+
 LIMIT_S = 500.0
 
 
