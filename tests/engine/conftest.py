@@ -13,6 +13,7 @@ import pytest
 from tests.support.checkpoints import make_checkpoint
 from tests.support.server import Server
 
+HERE = Path(__file__).parent
 PAGES = 127
 """Pages of 32 tokens in `KV_BYTES` of the two-layer model, without the one that vLLM keeps empty."""
 KV_BYTES = 8 << 20
@@ -24,6 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Of these first the ones that wait for a stock reference: it is made while the server starts.
     """
+    elsewhere = [item.nodeid for item in items if item.get_closest_marker("alone") and item.path.parent != HERE]
+    if elsewhere:
+        raise pytest.UsageError(f"marked `alone`, but `make test` looks for these in {HERE} only: {elsewhere}")
 
     def place(item: pytest.Item) -> tuple[bool, bool]:
         names = getattr(item, "fixturenames", ())
