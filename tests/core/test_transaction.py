@@ -36,8 +36,6 @@ def test_any_sequence_of_switches_with_any_failure_ends_in_one_of_the_two_layout
         late = data.draw(st.booleans())
         if len(group := layout.group_of(engine)) > 1 and engine == group[0] and failing is Phase.MOVE:
             late = True  # members wait for their leader to leave: one that can't is a dead engine, not a refusal
-        if failing is Phase.MOVE and any(engine.left for engine in engines):
-            late = True  # one that never joined doesn't hear which pages of a former group its leader gave back
 
         def fails(call: Call, phase: Phase, before: bool, *, failing=failing, engine=engine, late=late) -> bool:  # type: ignore[no-untyped-def]
             # A refusal happens before an engine acts; a time limit passes after it did.

@@ -83,9 +83,11 @@ class Prefixes(RuleBasedStateMachine):
         else:
             member.held[width] += blocks
 
-    @rule(engine=st.integers(0, 1), which=st.integers(0, 100))
-    def a_request_ends(self, engine: int, which: int) -> None:
+    @rule(engine=st.integers(0, 1), which=st.integers(0, 100), paused=st.booleans())
+    def a_request_ends(self, engine: int, which: int, paused: bool) -> None:
         member, width = self.active(engine)
+        if paused:
+            member, width = (MEMBERS[engine], 1) if self.merged else (MEMBERS[0], 2)
         if member.held[width]:
             member.blocks[width].free_blocks([member.held[width].pop(which % len(member.held[width]))])
 
@@ -107,7 +109,7 @@ class Prefixes(RuleBasedStateMachine):
         self.epoch += 1
         intact = [member.agent._join(GROUP, lease, self.epoch, False)[0] for member in MEMBERS]
         if undone:
-            self.split()
+            self.leave(undoing=True)
             return
         MEMBERS[0].agent._confirm_prefixes(common([to_bitmap(pages, NUM_PAGES) for pages in intact]))
         self.merged = True
@@ -115,9 +117,12 @@ class Prefixes(RuleBasedStateMachine):
     @precondition(lambda self: self.merged)
     @rule()
     def split(self) -> None:
-        for member in MEMBERS:
-            member.agent._leave()
+        self.leave(undoing=False)
         self.merged = False
+
+    def leave(self, undoing: bool) -> None:
+        for member in MEMBERS:
+            member.agent._leave(undoing)
 
     @precondition(lambda self: not self.merged)
     @rule(engine=st.integers(0, 1))

@@ -11,8 +11,7 @@ from vllm.v1.request import Request
 
 from tests.support.stepping import MAX_MODEL_LEN, PAGE_TOKENS, SteppedServer, make_request
 from vllm_flying.core.prefixes import RECENT_S
-from vllm_flying.core.topology import Layout
-from vllm_flying.core.transaction import UNDOABLE, Phase, SwitchTransaction
+from vllm_flying.core.transaction import UNDOABLE, Phase
 
 DP, TP = [(0,), (1,)], [(0, 1)]
 PAGES = 60
@@ -39,21 +38,6 @@ def ask(server: SteppedServer, engine: int, salt: str | None = None) -> int:
 def warm(server: SteppedServer, engine: int, hits: int = 2, salt: str | None = None) -> None:
     assert ask(server, engine, salt) == 0
     assert [ask(server, engine, salt) for _ in range(hits)] == [LENGTH] * hits
-
-
-def attempt(server: SteppedServer, groups: Any, phase: Phase, engine: int, acts: bool) -> SwitchTransaction:
-    """A switch in which an engine fails in one phase, before it acts or after it."""
-    server.epoch += 1
-    transaction = SwitchTransaction(server.epoch, server.layout, Layout.of(groups, 2), "migrate")
-    pending = [(call, transaction.phase) for call in transaction.start()]
-    while pending:
-        (call, sent_in), *pending = pending
-        fails = sent_in is phase and call.engine == engine
-        reply = None if fails and not acts else server.engines[call.engine].agent.handle(call.operation, call.arguments)
-        if sent_in is transaction.phase:  # else nobody waits for it any more
-            calls = transaction.failed(call.engine, "fails") if fails else transaction.replied(call.engine, reply)
-            pending += [(call, transaction.phase) for call in calls]
-    return transaction
 
 
 def check_copies(server: SteppedServer) -> int:
@@ -124,7 +108,7 @@ def test_an_undone_switch_leaves_prefixes_where_they_were(
     if first is TP:
         server.switch(TP)
     warm(server, 0)
-    undone = attempt(server, TP if first is DP else DP, phase, engine, acts)
+    undone = server.attempt(TP if first is DP else DP, phase, engine, acts)
     asked = not (first is DP and engine == 1 and phase in (Phase.ADMIT, Phase.TRANSFER, Phase.PROVE))
     assert undone.phase is (Phase.ROLLED_BACK if asked else Phase.COMMITTED)
     server.layout = undone.target if not asked else server.layout

@@ -182,6 +182,22 @@ class SteppedServer:
                     self._call(int(recipient), "adopt", {"packed": packed}, before)
         return transaction
 
+    def attempt(
+        self, groups: Sequence[Group], phase: Phase, engine: int, acts: bool, before: Any = None
+    ) -> SwitchTransaction:
+        """A migration in which an engine fails in one phase, before it acts or after it; `before` as in `switch`."""
+        self.epoch += 1
+        transaction = SwitchTransaction(self.epoch, self.layout, Layout.of(groups, len(self.engines)), "migrate")
+        pending = [(call, transaction.phase) for call in transaction.start()]
+        while pending:
+            (call, sent_in), *pending = pending
+            fails = sent_in is phase and call.engine == engine
+            reply = None if fails and not acts else self._call(call.engine, call.operation, call.arguments, before)
+            if sent_in is transaction.phase:  # else nobody waits for it any more
+                calls = transaction.failed(call.engine, "fails") if fails else transaction.replied(call.engine, reply)
+                pending += [(call, transaction.phase) for call in calls]
+        return transaction
+
     def _call(self, engine: int, operation: str, arguments: dict[str, Any], before: Any) -> Any:
         if before is not None:
             before(operation, engine)

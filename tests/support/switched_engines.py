@@ -41,6 +41,8 @@ class Engine:
         self.arriving: dict[str, tuple[int, int]] = {}
         self.handed_back: list[int] | None = None
         """What the leader gave back when the group ended, until this member leaves."""
+        self.last_lent: list[int] = []
+        """Virtual pages that it backed when it joined its group."""
         self.epoch = 0
         self.preparing: int | None = None
         self.draining: int | None = None
@@ -53,8 +55,11 @@ class Engine:
         self.caching: list[int] = []
         """Pages of the present group into which prefixes are copied."""
 
-    def dissolve(self) -> None:
-        pages, self.free[len(self.group)] = sorted(self.free[len(self.group)]), set()
+    def dissolve(self, undoing: bool) -> None:
+        """What the group had before it was joined stays with it when that is undone: not all members may have joined."""
+        free = self.free[len(self.group)]
+        pages = sorted(free.intersection(self.last_lent) if undoing else free)
+        free.difference_update(pages)
         for member in self.group:
             if EVERYONE[member].group == self.group and EVERYONE[member].handed_back is None:
                 EVERYONE[member].handed_back = pages
@@ -122,7 +127,7 @@ class Engine:
         }  # fmt: skip
 
     def move(
-        self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool, carrying: bool
+        self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool, carrying: bool, undoing: bool
     ) -> dict[str, Any]:
         assert self.preparing == epoch
         if not carrying:
@@ -134,7 +139,7 @@ class Engine:
         if len(self.group) > 1:
             leader = EVERYONE[self.group[0]]
             if self.handed_back is None and leader.group == self.group:
-                leader.dissolve()
+                leader.dissolve(undoing)
             elif self.handed_back is None:  # the leader refused to join: what was lent to it was never used
                 self.handed_back = self.last_lent
             self.own_free.update(self.leases.take_back(len(self.group), self.handed_back or []).tolist())

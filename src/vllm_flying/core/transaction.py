@@ -253,6 +253,7 @@ class SwitchTransaction:
         proving = self.phase is Phase.MOVE and not offering
         carrying = self.carries_prefixes
         arguments = {"epoch": self.epoch, "offering": offering, "proving": proving, "carrying": carrying}
+        arguments["undoing"] = self.phase is Phase.MOVE_BACK
         return [
             Call(engine, "move", {**arguments, "group": list(group), "lease": self.lease(group)})
             for group in self._changed_groups(layout)

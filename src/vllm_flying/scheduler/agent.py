@@ -253,18 +253,19 @@ class EngineAgent:
         }
 
     def move(
-        self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool, carrying: bool
+        self, epoch: int, group: list[int], lease: int, offering: bool, proving: bool, carrying: bool, undoing: bool
     ) -> dict[str, Any]:
         """Leave the present group and join `group`, backing `lease` more of its pages.
 
         With `offering` the reply lists the begun requests that the new layout doesn't run, with `proving` it has what
-        `prove` says, for which a leader waits until all members have joined. Unless `carrying`, prefixes stay.
+        `prove` says, for which a leader waits until all members have joined. Unless `carrying`, prefixes stay. When
+        `undoing`, the group that is left keeps what it had before: who didn't join it hears of no page given back.
         """
         self._check_prepared(epoch)
         if not carrying:
             self.facade.prefixes.let_go()
         self._drop_arrivals()
-        proof = self._leave()
+        proof = self._leave(undoing)
         offers, staying = self._offers(tuple(group)) if offering else ([], 0)
         intact = as_pages([])
         if len(group) > 1:
@@ -306,7 +307,7 @@ class EngineAgent:
         ]
         return offers, staying
 
-    def _leave(self) -> Proof:
+    def _leave(self, undoing: bool) -> Proof:
         """Returns what the workers say once they are alone again; nothing if they were before."""
         facade, width = self.facade, len(self.group)
         if width == 1:
@@ -317,7 +318,8 @@ class EngineAgent:
             facade.parked = False
         else:
             pool = facade.pools[width]
-            returned, written = pool.withdraw(pool.num_free), pool.take_written()
+            returned = pool.withdraw_latest() if undoing else pool.withdraw(pool.num_free)
+            written = pool.take_written()
             proof = cast(Proof, self._call_workers("flying_release", (returned, written))[0])
             facade.active_width = 1
         self.contents.written(width, self.leases.physical(width, written))

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from vllm_flying.core.leases import PageNumbers, Pages, as_pages
 
@@ -27,6 +28,8 @@ class PagePool:
         self._doubtful: set[int] = set()
         """Pages that came back with one; whether it still holds isn't known yet."""
         self._written: list[int] = []
+        self._latest: list[int] = []
+        """Pages of the last deposit."""
         if not owns_all:
             self.withdraw(self.num_owned)
 
@@ -42,8 +45,18 @@ class PagePool:
 
     def withdraw(self, count: int) -> Pages:
         """Take `count` free pages away, least recently used first."""
-        blocks = self._pool.free_block_queue.popleft_n(count)
-        self.num_owned -= count
+        return self._gone(self._pool.free_block_queue.popleft_n(count))
+
+    def withdraw_latest(self) -> Pages:
+        """Take the last deposit away again, but for what is held. Nothing may have been withdrawn since."""
+        latest, self._latest = self._latest, []
+        free = [block for page in latest if (block := self._pool.blocks[page]).ref_cnt == 0]
+        for block in free:
+            self._pool.free_block_queue.remove(block)
+        return self._gone(free)
+
+    def _gone(self, blocks: list[KVCacheBlock]) -> Pages:
+        self.num_owned -= len(blocks)
         self._away.update([block.block_id for block in blocks if block.block_hash is not None])
         return as_pages([block.block_id for block in blocks])
 
@@ -57,6 +70,7 @@ class PagePool:
             numbers = [page for page in numbers if page not in cached] + [page for page in numbers if page in cached]
         self._pool.free_block_queue.append_n([blocks[page] for page in numbers])
         self._pool._reuse_watchers.update(dict.fromkeys(numbers, self._handed_out))
+        self._latest = numbers
         self.num_owned += len(numbers)
 
     def confirm(self, intact: PageNumbers) -> None:
