@@ -1,4 +1,4 @@
-"""The command `vllm-flying`: serve, status, switch, doctor."""
+"""The command `vllm-flying`: serve, status, switch, explain, doctor."""
 
 from __future__ import annotations
 
