@@ -28,7 +28,7 @@ LATENT = dict(
     kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, moe_intermediate_size=32,
     n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1,
 )  # fmt: skip
-QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}}
+QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}}
 
 
 def arguments(directory: Path, family: str, more: dict[str, Any], **given: Any) -> EngineArgs:
