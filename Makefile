@@ -42,7 +42,7 @@ unit: lint
 # Two at a time where that disturbs nothing: servers spend most of their start on imports, which use one core.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 30 --durations-min 5 -m "not alone"
-	$(BIN)/python -m pytest --durations 30 --durations-min 5 -m alone
+	$(BIN)/python -m pytest --durations 30 --durations-min 5 -m alone tests/engine
 
 bench: env
 	$(BIN)/python -m bench.switch

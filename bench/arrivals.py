@@ -44,14 +44,19 @@ def poisson(phases: Sequence[Phase], seed: int) -> list[Arrival]:
 
 
 def window(
-    recorded: Sequence[Arrival], start_s: float, seconds: float, time_scale: float, length_scale: float
+    recorded: Sequence[Arrival],
+    start_s: float,
+    seconds: float,
+    time_scale: float,
+    prompt_scale: float,
+    output_scale: float,
 ) -> list[Arrival]:
     """The part of a recording from `start_s` on that takes `seconds` once scaled in time, its lengths scaled too."""
     arrivals = []
     for arrival in recorded:
         offset = arrival.time - start_s
         if 0 <= offset < seconds / time_scale:
-            prompt_tokens = max(1, int(arrival.prompt_tokens * length_scale))
-            output_tokens = max(2, int(arrival.output_tokens * length_scale))
+            prompt_tokens = max(1, int(arrival.prompt_tokens * prompt_scale))
+            output_tokens = max(2, int(arrival.output_tokens * output_scale))
             arrivals.append(Arrival(offset * time_scale, prompt_tokens, output_tokens, hash_ids=arrival.hash_ids))
     return arrivals

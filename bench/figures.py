@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean, median, quantiles
 
 from bench.replay import Replay
 from bench.report import markdown
+from bench.stock_client import ServedRequest
 
 QUANTITIES = ("ttft", "tpot")
+MORE_IS_BETTER = ("tokens/s", "goodput/s")
 Row = dict[str, float]
 
 
-def table(results: Mapping[str, Sequence[Replay]]) -> str:
-    """Medians over turns; in brackets the ratio to the better static server, below 1 being better but for tokens/s."""
+@dataclass(frozen=True)
+class Objectives:
+    """What a request has to keep to count as goodput, in milliseconds."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+    def kept(self, served: ServedRequest) -> bool:
+        return 1e3 * served.ttft <= self.ttft_ms and 1e3 * served.tpot <= self.tpot_ms
+
+
+def table(results: Mapping[str, Sequence[Replay]], objectives: Objectives) -> str:
+    """Medians over turns; in brackets the ratio to the better static server: above 1 is better for rates, else below."""
     first = next(iter(results.values()))[0]
     phases = dict.fromkeys([*(arrival.phase for arrival, _ in first.requests), "all"])
     rows = []
     for phase in phases:
-        by_name = {name: [figures(turn, phase) for turn in turns] for name, turns in results.items()}
-        for quantity in figures(first, phase):
+        by_name = {name: [figures(turn, phase, objectives) for turn in turns] for name, turns in results.items()}
+        for quantity in figures(first, phase, objectives):
             values = {name: median(row[quantity] for row in turns) for name, turns in by_name.items()}
             static = [value for name, value in values.items() if name != "auto"] or list(values.values())
-            best = max(static) if quantity == "tokens/s" else min(static)
-            rows.append([phase, quantity, *(f"{value:.3g} ({value / best:.2f})" for value in values.values())])
+            best = max(static) if quantity in MORE_IS_BETTER else min(static)
+            cells = (f"{value:.3g} ({value / best:.2f})" if best else f"{value:.3g}" for value in values.values())
+            rows.append([phase, quantity, *cells])
     return markdown(["phase", "quantity", *results], rows)
 
 
 def line(replay: Replay) -> str:
     """The whole of a replay in short."""
-    row = figures(replay, "all")
-    return f"mean TTFT {row['mean ttft ms']:.0f} ms, mean TPOT {row['mean tpot ms']:.0f} ms, {row['tokens/s']:.1f} tokens/s"
+    served = [request for _, request in replay.requests]
+    ttft, tpot = (1e3 * mean(getattr(request, quantity) for request in served) for quantity in QUANTITIES)
+    return f"mean TTFT {ttft:.0f} ms, mean TPOT {tpot:.0f} ms, {_per_second(served, _output_tokens):.1f} tokens/s"
 
 
-def figures(replay: Replay, phase: str) -> Row:
-    """What a user of this phase saw."""
+def figures(replay: Replay, phase: str, objectives: Objectives) -> Row:
+    """What a user of this phase saw; the time in the queue is known of the whole run only."""
     chosen = [served for arrival, served in replay.requests if phase in ("all", arrival.phase)]
     row: Row = {}
     for quantity in QUANTITIES:
@@ -46,6 +62,18 @@ def figures(replay: Replay, phase: str) -> Row:
             f"P90 {quantity} ms": cuts[89],
             f"P99 {quantity} ms": cuts[98],
         }
-    span = max(served.end for served in chosen) - min(served.start for served in chosen)
-    row["tokens/s"] = sum(served.output_tokens for served in chosen) / span
+    row["tokens/s"] = _per_second(chosen, _output_tokens)
+    row["goodput/s"] = _per_second(chosen, objectives.kept)
+    if phase == "all":
+        row["mean queue ms"] = 1e3 * replay.queue_time
     return row
+
+
+def _output_tokens(served: ServedRequest) -> float:
+    return served.output_tokens
+
+
+def _per_second(served: Sequence[ServedRequest], quantity: Callable[[ServedRequest], float]) -> float:
+    """From the first request's start to the last one's end."""
+    span = max(request.end for request in served) - min(request.start for request in served)
+    return sum(quantity(request) for request in served) / span

@@ -1,7 +1,7 @@
 """`python -m bench.layouts`: stock DP and TP against the same layouts of one flying server.
 
-Servers take turns and every shape is repeated, with the same prompts for stock and flying; what counts are ratios within
-the run, not absolute times. The load is that of `vllm bench serve`.
+All servers are up and take turns, shape by shape, with the same prompts for stock and flying; what counts are ratios of
+neighbouring runs, not absolute times. The load is that of `vllm bench serve`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any
 
-from bench.models import llama
+from bench.models import VOCABULARY, llama
 from bench.report import markdown, write
 from bench.server import bench_server
 from bench.stock_client import closed_loop
@@ -33,7 +35,7 @@ class Shape:
         return f"{self.concurrency}, {self.prompt_tokens} / {self.output_tokens}"
 
 
-SHAPES = (Shape(1, 2, 512, 32), Shape(48, 96, 64, 48), Shape(12, 24, 512, 8), Shape(16, 32, 128, 64))
+SHAPES = (Shape(1, 2, 512, 32), Shape(96, 96, 64, 48), Shape(24, 24, 512, 8), Shape(32, 32, 128, 64))
 # What the client calls a quantity, and what the table does.
 QUANTITIES = {
     "output_throughput": "tokens/s",
@@ -43,57 +45,47 @@ QUANTITIES = {
     "p99_itl_ms": "P99 ITL ms",
 }
 LAYOUTS = {"DP": [[0], [1]], "TP": [[0, 1]]}
+STOCK: dict[str, dict[str, int]] = {"DP": {}, "TP": {"engines": 1, "tensor_parallel": 2}}
 Samples = dict[tuple[str, str, str], list[dict[str, Any]]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="turns of every server")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of every shape per turn")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of every shape on every server")
     parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype for all servers")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 128256 is Llama 3's")
     arguments = parser.parse_args()
-    model, dtype = llama(arguments.layers, arguments.hidden), ("--dtype", arguments.dtype)
+    model, dtype = llama(arguments.layers, arguments.hidden, arguments.vocabulary), ("--dtype", arguments.dtype)
     samples: Samples = {}
-    starts: dict[str, list[float]] = {}
-    for turn in range(arguments.rounds):
-        print(f"== turn {turn + 1} of {arguments.rounds}", flush=True)
-        with bench_server(model, *dtype, flying=False) as server:
-            starts.setdefault("stock DP", []).append(server.start_seconds)
-            shapes(samples, "stock", "DP", server, arguments.repeats, turn)
-        with bench_server(model, *dtype, flying=False, engines=1, tensor_parallel=2) as server:
-            shapes(samples, "stock", "TP", server, arguments.repeats, turn)
-        with bench_server(model, *dtype, flying=True) as server:
-            starts.setdefault("flying", []).append(server.start_seconds)
-            for layout, groups in LAYOUTS.items():
-                server.switch(groups)
-                shapes(samples, "flying", layout, server, arguments.repeats, turn)
+    with ExitStack() as stack:
+        flying = stack.enter_context(bench_server(model, *dtype, flying=True))
+        stock = {
+            layout: stack.enter_context(bench_server(model, *dtype, flying=False, **options))
+            for layout, options in STOCK.items()
+        }
+        for repeat, (layout, groups) in product(range(arguments.repeats), LAYOUTS.items()):
+            print(f"== repeat {repeat + 1} of {arguments.repeats}, {layout}", flush=True)
+            flying.switch(groups)
+            servers = {"flying": flying, "stock": stock[layout]}
+            for shape, who in product(SHAPES, sorted(servers, reverse=repeat % 2 == 1)):
+                sample = run(servers[who], shape, repeat, layout)
+                samples.setdefault((who, layout, str(shape)), []).append(sample)
+                print(f"  {who} {layout} {shape}: {sample['output_throughput']:.1f} tokens/s", flush=True)
     rows = [row(samples, layout, shape) for layout in LAYOUTS for shape in SHAPES]
-    start = {name: median(values) for name, values in starts.items()}
     columns = [column for name in QUANTITIES.values() for column in (name, "ratio")]
     table = markdown(["layout", "in flight, prompt / output", *columns], rows)
-    table += f"\n\nStart-up: stock DP {start['stock DP']:.1f} s, flying {start['flying']:.1f} s, "
-    table += f"ratio {start['flying'] / start['stock DP']:.2f}. Figures: flying (stock)."
-    named = {" / ".join(key): values for key, values in samples.items()}
-    write("layouts", {"samples": named, "start_s": starts}, table)
+    table += "\n\nFlying (stock), medians; ratio: median of the runs' own ratios (least to most)."
+    write("layouts", {"samples": {" / ".join(key): values for key, values in samples.items()}}, table)
 
 
-def shapes(samples: Samples, who: str, layout: str, server: Server, repeats: int, turn: int) -> None:
-    for shape in SHAPES:
-        warm_up = Shape(4, 4, shape.prompt_tokens, 4)
-        run(server, warm_up, f"{turn} {layout} {shape} warm-up")
-        for repeat in range(repeats):
-            result = run(server, shape, f"{turn} {layout} {shape} {repeat}")
-            samples.setdefault((who, layout, str(shape)), []).append(result)
-            print(f"  {who} {layout} {shape}: {result['output_throughput']:.1f} tokens/s", flush=True)
-
-
-def run(server: Server, shape: Shape, prompts: str) -> dict[str, Any]:
-    """The client's figures. Runs differ in `prompts`, as engines keep the prefixes of earlier ones."""
-    seed = zlib.crc32(prompts.encode())
-    lengths = shape.prompt_tokens, shape.output_tokens
-    result = asyncio.run(closed_loop(server, shape.concurrency, shape.requests, *lengths, seed))
+def run(server: Server, shape: Shape, repeat: int, layout: str) -> dict[str, Any]:
+    """The client's figures, after a warm-up. Prompts are the repeat's own, as engines keep those of earlier ones."""
+    for load in (Shape(4, 4, shape.prompt_tokens, 4), shape):
+        seed = zlib.crc32(f"{repeat} {layout} {load}".encode())
+        lengths = load.prompt_tokens, load.output_tokens
+        result = asyncio.run(closed_loop(server, load.concurrency, load.requests, *lengths, seed))
     return {name: value for name, value in result.items() if not isinstance(value, list)}
 
 
@@ -101,9 +93,13 @@ def row(samples: Samples, layout: str, shape: Shape) -> list[str]:
     cells = [layout, str(shape)]
     for quantity in QUANTITIES:
         flying, stock = (
-            median(sample[quantity] for sample in samples[who, layout, str(shape)]) for who in ("flying", "stock")
+            [sample[quantity] for sample in samples[who, layout, str(shape)]] for who in ("flying", "stock")
         )
-        cells += [f"{flying:.1f} ({stock:.1f})", f"{flying / stock:.2f}"]
+        ratios = [own / other for own, other in zip(flying, stock, strict=True)]
+        cells += [
+            f"{median(flying):.1f} ({median(stock):.1f})",
+            f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        ]
     return cells
 
 

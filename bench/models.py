@@ -14,35 +14,35 @@ def llama_150m() -> Path:
     return llama(layers=8, hidden=1024)
 
 
-def llama(layers: int, hidden: int) -> Path:
-    """A random Llama in bfloat16 with heads of 64."""
-    target = CACHE / f"llama-{layers}x{hidden}"
+def llama(layers: int, hidden: int, vocabulary: int = VOCABULARY) -> Path:
+    """A random Llama in bfloat16 with heads of 64. `vocabulary` is in tokens."""
+    target = CACHE / f"llama-{layers}x{hidden}-{vocabulary}"
     if not (target / "config.json").is_file():
         print(f"Making {target} ...", flush=True)
-        _write_model(target, layers, hidden)
+        _write_model(target, layers, hidden, vocabulary)
     if not (target / "tokenizer_config.json").is_file():
-        _write_tokenizer(target)
+        _write_tokenizer(target, vocabulary)
     return target
 
 
-def _write_model(target: Path, layers: int, hidden: int) -> None:
+def _write_model(target: Path, layers: int, hidden: int, vocabulary: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
 
 
-def _write_tokenizer(target: Path) -> None:
+def _write_tokenizer(target: Path, vocabulary: int) -> None:
     """A word per token: text made of random tokens has as many tokens again, so that prompts keep their lengths."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     specials = ["<unk>", "<s>", "</s>"]
-    words = [*specials, *(f"w{token}" for token in range(len(specials), VOCABULARY))]
+    words = [*specials, *(f"w{token}" for token in range(len(specials), vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(specials)

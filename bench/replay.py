@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from bench.arrivals import Arrival
+from bench.queueing import QueueTime
 from bench.recorded import write_timed_trace
 from bench.stock_client import ServedRequest, bench_serve, closed_loop, served_requests
 from tests.support.server import Server
@@ -21,11 +22,15 @@ Layout = list[list[int]]
 
 @dataclass(frozen=True)
 class Replay:
-    """What was sent and how it was served, and when the server's layout became which; `origin` is second 0."""
+    """What was sent and how it was served, and when the server's layout became which; `origin` is second 0.
+
+    `queue_time` is what a request waited on average until it was scheduled, in seconds, by the server's account.
+    """
 
     origin: float
     requests: list[tuple[Arrival, ServedRequest]]
     layouts: list[tuple[float, Layout]]
+    queue_time: float
 
 
 async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int, watch: bool, seed: int) -> Replay:
@@ -33,6 +38,7 @@ async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int,
     if not arrivals:
         raise ValueError("no requests to send: none arrives in this part of the trace")
     await closed_loop(server, 4, 8, 64, 4, seed)  # both engines warm
+    waited = QueueTime.of(server)
     layouts: list[tuple[float, Layout]] = []
     looking = asyncio.ensure_future(_look(server, layouts)) if watch else None
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +53,8 @@ async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int,
     requests = list(zip(arrivals, served_requests(result), strict=True))
     # The client doesn't say when it began. No request is sent before its time, so the most punctual one tells.
     origin = min(served.start - arrival.time for arrival, served in requests)
-    return Replay(origin, requests, [(max(0.0, moment - origin), layout) for moment, layout in layouts])
+    layouts = [(max(0.0, moment - origin), layout) for moment, layout in layouts]
+    return Replay(origin, requests, layouts, QueueTime.of(server).mean_since(waited))
 
 
 async def _look(server: Server, layouts: list[tuple[float, Layout]]) -> None:

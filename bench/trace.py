@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.arrivals import Arrival, Phase, poisson, window
-from bench.figures import line, table
-from bench.models import llama
+from bench.figures import Objectives, line, table
+from bench.models import VOCABULARY, llama
 from bench.plots import plot_timeline
 from bench.recorded import read
 from bench.replay import Replay, replay
@@ -28,7 +28,7 @@ from tests.support.server import Server
 
 def main() -> None:
     arguments = _options()
-    model = llama(arguments.layers, arguments.hidden)
+    model = llama(arguments.layers, arguments.hidden, arguments.vocabulary)
     # Rounded up: hash ids then cover every prompt, which the client would cut short otherwise.
     chunk_tokens = math.ceil(arguments.timed_trace_chunk_hash_size * arguments.length_scale)
     recorded = read(arguments.trace, arguments.timed_trace_sec_multiplier) if arguments.trace else []
@@ -64,7 +64,7 @@ def main() -> None:
         "decisions": records,
         "step_costs": step_costs,
     }
-    folder = write("trace", data, table(results))
+    folder = write("trace", data, table(results, Objectives(*arguments.objectives)))
     plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in results.items()})
 
 
@@ -78,12 +78,18 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--start", type=float, default=0.0, help="seconds into the trace")
     parser.add_argument("--seconds", type=float, default=90.0, help="length of the run")
+    parser.add_argument("--burst-seconds", type=float, help="of these, in the middle; by default a third")
     parser.add_argument("--time-scale", type=float, default=1.0, help="above 1 slows the trace down")
     parser.add_argument("--length-scale", type=float, default=1.0, help="below 1 shortens its requests")
+    parser.add_argument("--output-scale", type=float, help="the same for outputs alone; by default as --length-scale")
     parser.add_argument("--quiet", type=float, nargs=3, default=(0.5, 256, 32), metavar=("RATE", "IN", "OUT"))
     parser.add_argument("--burst", type=float, nargs=3, default=(12.0, 64, 24), metavar=("RATE", "IN", "OUT"))
+    parser.add_argument(
+        "--objectives", type=float, nargs=2, default=(2000, 250), metavar=("TTFT", "TPOT"), help="ms, for the goodput"
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 128256 is Llama 3's")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
     parser.add_argument("--seed", type=int, default=1)
@@ -103,14 +109,15 @@ def _arrivals(arguments: argparse.Namespace, recorded: Sequence[Arrival], turn: 
     """The turn's own: the next part of the recording, or a burst from a seed of its own."""
     if recorded:
         start = arguments.start + turn * arguments.seconds / arguments.time_scale
-        return window(recorded, start, arguments.seconds, arguments.time_scale, arguments.length_scale)
-    third = arguments.seconds / 3
+        outputs = arguments.output_scale or arguments.length_scale
+        return window(recorded, start, arguments.seconds, arguments.time_scale, arguments.length_scale, outputs)
+    busy = arguments.burst_seconds or arguments.seconds / 3
+    quiet = _phase("quiet", (arguments.seconds - busy) / 2, arguments.quiet)
+    return poisson([quiet, _phase("burst", busy, arguments.burst), quiet], arguments.seed + turn)
 
-    def phase(name: str, shape: Sequence[float]) -> Phase:
-        return Phase(name, third, shape[0], int(shape[1]), int(shape[2]))
 
-    quiet, burst = arguments.quiet, arguments.burst
-    return poisson([phase("quiet", quiet), phase("burst", burst), phase("quiet", quiet)], arguments.seed + turn)
+def _phase(name: str, seconds: float, shape: Sequence[float]) -> Phase:
+    return Phase(name, seconds, shape[0], int(shape[1]), int(shape[2]))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_dates_are_seconds(tmp_path: Path) -> None:
 
 def test_window_scales_times_and_lengths() -> None:
     recorded = [Arrival(float(second), 100, 10, hash_ids=(second,)) for second in range(10)]
-    assert window(recorded, 4.0, 6.0, 3.0, 0.5) == [
+    assert window(recorded, 4.0, 6.0, 3.0, 0.5, 0.5) == [
         Arrival(0.0, 50, 5, hash_ids=(4,)),
         Arrival(3.0, 50, 5, hash_ids=(5,)),
     ]

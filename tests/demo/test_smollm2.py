@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ except FileNotFoundError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 TEXTS = ["In 2024, 12345 + 67 = 12412.", "  def f(x):\n\treturn x**2  # naïve ☃ 日本語", "It's ok, isn't it?   \n\n"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_file_is_read_once() -> Iterator[None]:
+    """That takes half a minute; what is done with it comes after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "read_gguf", cache(checkpoint.read_gguf))
+        yield
 
 
 @pytest.fixture(scope="module")

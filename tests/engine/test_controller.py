@@ -80,6 +80,17 @@ def test_an_operator_goes_first(server: Server) -> None:
     until(server, [1, 1])
 
 
+@pytest.mark.parametrize("service_tier", ["priority", "flex"])
+def test_a_priority_orders_nothing_here_and_is_not_refused(server: Server, service_tier: str) -> None:
+    """This server is fcfs, vLLM's default."""
+    until(server, [1, 1])
+    (prompt,) = random_prompts(94, (50,))
+    response = server.complete(prompt, 20, service_tier=service_tier)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-flying-layout"].startswith("tp1; engines=")
+    assert response.json()["choices"][0]["token_ids"] == server.tokens(prompt, 20)
+
+
 def test_decisions_are_written_told_and_counted(
     server: Server, audit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

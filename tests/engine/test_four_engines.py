@@ -39,22 +39,20 @@ def model(checkpoints: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def static(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Reference]:
+def static(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Stock vLLM in each static layout."""
-    scratch = tmp_path_factory.mktemp("reference")
-    return {
-        degree: Reference(model, scratch, degree, requests=REQUESTS if degree == 1 else [], nll_prompts=NLL_PROMPTS)
-        for degree in (1, 2, 4)
-    }
+    specs: dict[int, dict[str, Any]] = {degree: {"nll_prompts": NLL_PROMPTS} for degree in (1, 2, 4)}
+    specs[1]["requests"] = REQUESTS
+    return Reference(model, tmp_path_factory.mktemp("reference"), specs)
 
 
 @pytest.fixture(scope="module")
-def stock(static: dict[int, Reference]) -> dict[int, dict[str, Any]]:
-    return {degree: run.result() for degree, run in static.items()}
+def stock(static: Reference) -> dict[int, dict[str, Any]]:
+    return {degree: static.result(degree) for degree in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, static: dict[int, Reference], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(model: Path, static: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(model, log, "--max-model-len", "2048", "--api-server-count", "2", engines=4) as running:
         yield running

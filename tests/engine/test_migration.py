@@ -6,20 +6,18 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine.conftest import PAGES
 from tests.support.background import Background, wait_for, wait_for_free_pages
-from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
 from tests.support.server import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 DP, TP = [[0], [1]], [[0, 1]]
-PAGES = 127  # of 32 tokens, in 8 MiB of the two-layer model
 SWITCHES = 100
 PROMPTS = random_prompts(61, (24, 70, 130, 200))
 NONE = {"finished": 0, "moved": 0, "recomputed": 0, "paused": 0}
@@ -42,16 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = make_checkpoint("llama", checkpoints)
-    log = tmp_path_factory.mktemp("server") / "log"
-    arguments = (
-        "--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1",
-        "--scheduling-policy", "priority",
-    )  # fmt: skip
-    options: dict[str, Any] = {"settings": {"paused_limit_s": 0.4}, "environment": {"VLLM_SERVER_DEV_MODE": "1"}}
-    with Server(model, log, *arguments, kv_bytes=8 << 20, **options) as running:
-        yield running
+def server(two_engines: Server) -> Server:
+    return two_engines
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ DP, TP = [[0], [1]], [[0, 1]]
 
 def test_switches_over_model_runner_v2(checkpoints: Path, tmp_path: Path) -> None:
     model = make_checkpoint("llama", checkpoints)
-    stock = Reference(model, tmp_path, requests=REQUESTS)
+    stock = Reference(model, tmp_path, {1: {"requests": REQUESTS}})
     arguments = ("--max-model-len", "256", "--max-num-batched-tokens", "256", "--api-server-count", "1")
     with Server(model, tmp_path / "log", *arguments, model_runner_v2=True, kv_bytes=2 << 20) as server:
         assert "Using V2 Model Runner" in server.log.read_text()

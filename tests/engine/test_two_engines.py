@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.engine.conftest import PAGES
 from tests.support.background import Background, wait_for, wait_for_free_pages
 from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
@@ -22,7 +23,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 DP, TP = [[0], [1]], [[0, 1]]
 LAYOUTS = {"dp": DP, "tp": TP}
-API_KEY = "test-key"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {**GREEDY, "max_tokens": 40},
@@ -35,9 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PROMPTS = random_prompts(21, (24, 70, 130))
 REQUESTS = [(prompt, options) for options in OPTIONS.values() for prompt in PROMPTS]
-# 2 MiB hold 31 usable pages of 32 tokens of the two-layer model.
-KV_BYTES = 2 << 20
-ONE_ENGINE_TOKENS = 31 * 32
+ONE_ENGINE_TOKENS = PAGES * 32
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def model(checkpoints: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(model, tmp_path_factory.mktemp("reference"), requests=REQUESTS)
+    return Reference(model, tmp_path_factory.mktemp("reference"), {1: {"requests": REQUESTS}})
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +55,8 @@ def expected(stock: Reference) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, stock: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ("--max-model-len", "1536", "--max-num-batched-tokens", "512", "--api-server-count", "1")
-    with Server(model, log, *arguments, kv_bytes=KV_BYTES, api_key=API_KEY) as running:
-        yield running
+def server(stock: Reference, two_engines: Server) -> Server:
+    return two_engines
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +64,7 @@ def nothing_left(server: Server) -> Iterator[None]:
     """Every test ends with all pages free on every engine, in every layout's pool."""
     yield
     server.switch(DP, method="drain")
-    wait_for_free_pages(server, 31, limit_s=10)
+    wait_for_free_pages(server, PAGES, limit_s=10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -164,7 +159,6 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
         ("tp2; engines=0,1", {"headers": {"X-Parallelism-Hint": "latency"}}),
         ("tp2; engines=0,1", {"parallelism_hint": "auto"}),
         ("tp1; engines=", {"parallelism_hint": "throughput"}),
-        # This server is fcfs, where a priority orders nothing; it must not be refused either.
         ("tp1; engines=", {"service_tier": "priority"}),
         ("tp1; engines=", {"service_tier": "flex"}),
     ]

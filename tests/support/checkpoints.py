@@ -13,7 +13,7 @@ COMMON = dict(
     hidden_size=256,
     intermediate_size=512,
     num_hidden_layers=2,
-    max_position_embeddings=4096,
+    max_position_embeddings=8192,
     initializer_range=0.3,
     bos_token_id=0,
     eos_token_id=1,
@@ -79,6 +79,6 @@ def _write_tokenizer(target: Path) -> None:
         "eos_token": "</s>",
         "pad_token": "<pad>",
         "chat_template": CHAT_TEMPLATE,
-        "model_max_length": 4096,
+        "model_max_length": 8192,
     }
     (target / "tokenizer_config.json").write_text(json.dumps(settings))

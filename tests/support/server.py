@@ -42,7 +42,7 @@ class Server:
         self.log = log
         self.model = str(model)
         self.engines = engines
-        module = ["vllm_flying.cli", "serve"] if flying else ["vllm.entrypoints.openai.api_server", "--model"]
+        module = ["vllm_flying.cli.main", "serve"] if flying else ["vllm.entrypoints.openai.api_server", "--model"]
         self._command = [
             sys.executable, "-m", *module, str(model),
             "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port),

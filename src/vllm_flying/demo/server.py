@@ -41,7 +41,7 @@ class DemoServer:
         self.model = str(model)
         self._log = log
         self._command = [
-            sys.executable, "-m", "vllm_flying.cli", "serve", str(model), "--data-parallel-size", str(engines),
+            sys.executable, "-m", "vllm_flying.cli.main", "serve", str(model), "--data-parallel-size", str(engines),
             "--api-server-count", "1", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048",
             "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20),
             "--additional-config", json.dumps({"flying": {"policy": "manual"}}),  # the demo switches by itself
