@@ -11,6 +11,7 @@ from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.audit import KEPT, AuditLog, read_decisions, sentence
 
 PLAN = Plan(Layout.of([[0, 1]], 2), "load", "it is quiet", gain_s=0.5)
+DONE = {"outcome": "committed", "seconds": {"total": 0.012}}
 
 
 def test_decisions_are_kept_once_and_told(tmp_path: Path) -> None:
@@ -18,8 +19,7 @@ def test_decisions_are_kept_once_and_told(tmp_path: Path) -> None:
     held = Decision(1.0, PLAN, False, "within the cooldown of 1 s")
     assert log.note(held, [[0], [1]])
     assert not log.note(held, [[0], [1]]), "nothing new"
-    done = {"outcome": "committed", "seconds": {"total": 0.012}}
-    assert log.note(Decision(2.0, PLAN, True, "switch"), [[0], [1]], done)
+    assert log.note(Decision(2.0, PLAN, True, "switch"), [[0], [1]], DONE)
     assert not log.note(Decision(3.0, None, False, "stay"), [[0, 1]])
     first, second = read_decisions(tmp_path / "all")
     assert "Not done: within the cooldown of 1 s." in sentence(first)
@@ -49,6 +49,6 @@ def test_what_a_switch_gained_is_told(tmp_path: Path) -> None:
 def test_the_recent_file_stays_small(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "recent", None)
     for index in range(KEPT + 5):
-        log.note(Decision(float(index), PLAN, True, "switch"), [[0], [1]])
+        log.note(Decision(float(index), PLAN, True, "switch"), [[0], [1]], DONE)
     assert len(list(read_decisions(tmp_path / "recent"))) == KEPT
     assert list(read_decisions(tmp_path / "absent")) == []

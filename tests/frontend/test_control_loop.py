@@ -14,6 +14,7 @@ from vllm_flying.core.topology import Layout
 from vllm_flying.frontend import control_loop as module
 from vllm_flying.frontend.audit import read_decisions, sentence
 from vllm_flying.frontend.control_loop import DECISIONS_FILE, ControlLoop
+from vllm_flying.frontend.metrics import metrics
 from vllm_flying.settings import Settings
 
 APART, MERGED = Layout.separate(2), Layout.of([[0, 1]], 2)
@@ -94,3 +95,32 @@ def test_an_operator_who_switches_back_ends_the_measurement(now: list[float], tm
     looks(loop)
     entries = list(read_decisions(tmp_path / DECISIONS_FILE))
     assert entries[1]["realised"]["gain_s"] is None and "unknown" in sentence(entries[1])
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(now: list[float], tmp_path: Path) -> None:
+    server = Recorded()
+    settings = Settings(policy="load", num_engines=2, patience_s=0.0, dry_run=True)
+    loop = ControlLoop(server, server, tmp_path, settings)  # type: ignore[arg-type]
+    for _ in range(3):
+        looks(loop)
+        now[0] += 0.25
+    assert server.present == APART
+    (entry,) = read_decisions(tmp_path / DECISIONS_FILE)  # once, not at every look
+    assert entry["to"] == MERGED.to_lists() and entry["outcome"] is None
+
+
+def test_a_policy_that_raises_is_counted_and_changes_nothing(now: list[float], tmp_path: Path) -> None:
+    from prometheus_client import REGISTRY
+
+    def failing(seen: Any) -> None:
+        raise ValueError("not today")
+
+    metrics()
+    before = REGISTRY.get_sample_value("vllm_flying_policy_failures_total")
+    server = Recorded()
+    loop = ControlLoop(server, server, tmp_path, Settings(policy="load", num_engines=2))  # type: ignore[arg-type]
+    loop.controller.policy = failing
+    looks(loop)
+    looks(loop)
+    assert server.present == APART and before is not None
+    assert REGISTRY.get_sample_value("vllm_flying_policy_failures_total") == before + 2

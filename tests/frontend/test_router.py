@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from vllm_flying.core.affinity import PrefixAffinity
 from vllm_flying.core.hints import HINT_KEY
+from vllm_flying.core.topology import Layout
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard
 from vllm_flying.frontend.router import Router, router_of
 from vllm_flying.frontend.runtime import VARIABLE
@@ -26,11 +28,13 @@ PROMPT = list(range(200))
 class Server:
     """A router over engines that exist only as loads."""
 
-    def __init__(self, directory: Path, affinity: PrefixAffinity | None, policy: str = "manual") -> None:
+    def __init__(
+        self, directory: Path, affinity: PrefixAffinity | None, policy: str = "manual", on_hint: str = "form"
+    ) -> None:
         self.client = SimpleNamespace(
             core_engines=ENGINES, client_count=1, engine_inflight=Counter(), lb_engines=[[0, 0, 0.0] for _ in ENGINES]
         )
-        self.router = Router(self.client, Settings(num_engines=4, policy=policy), 4096, affinity)
+        self.router = Router(self.client, Settings(num_engines=4, policy=policy, on_hint=on_hint), 4096, affinity)
         self._board = LayoutBoard(directory)
         self._epoch = 0
         self.announce([[0], [1], [2], [3]])
@@ -145,6 +149,38 @@ def test_streaming_input_sessions_are_refused(server: Server) -> None:
         asyncio.run(server.router.admit(chunk))
     chunk.resumable = False
     asyncio.run(server.router.admit(chunk))
+
+
+def hinted(hint: object) -> SimpleNamespace:
+    """A request of the Python API: its hint is in SamplingParams.extra_args."""
+    params = SamplingParams(max_tokens=8, extra_args={HINT_KEY: hint})
+    return SimpleNamespace(
+        resumable=False, prompt_token_ids=PROMPT, sampling_params=params, data_parallel_rank=None, priority=0, cache_salt=None
+    )
+
+
+@pytest.mark.parametrize(("hint", "text"), [("fast", "allowed: auto, dp, tp"), (2, "is 2"), ("tp8", r"\[1, 2, 4\], not 8")])
+def test_a_bad_hint_in_extra_args_is_refused_with_the_values(server: Server, hint: object, text: str) -> None:
+    with pytest.raises(VLLMValidationError, match=text):
+        asyncio.run(server.router.admit(hinted(hint)))
+
+
+@pytest.mark.parametrize(("on_hint", "formed"), [("form", [(0, 1), (2,), (3,)]), ("best_effort", [(0,), (1,), (2,), (3,)])])
+def test_a_group_is_formed_for_a_hint_unless_it_is_to_run_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_hint: str, formed: list[tuple[int, ...]]
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    server = Server(tmp_path, None, on_hint=on_hint)
+
+    async def switch(target: Layout, method: str, timeout_s: float, reason: str) -> None:
+        assert reason == "hint for width 2"
+        server.announce(target.to_lists())
+
+    monkeypatch.setattr(server.router.switcher, "switch", switch)
+    asyncio.run(server.router.admit(request := hinted("tp2")))
+    assert [group.engines for group in LayoutBoard(tmp_path).read().groups] == formed
+    server.router.route(request)
+    assert request.data_parallel_rank == 0
 
 
 def test_a_limit_that_only_fills_the_context_is_met_by_the_largest_group(server: Server) -> None:

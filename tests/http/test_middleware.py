@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vllm_flying.frontend.served import served_layouts
 from vllm_flying.http.middleware import ParallelismHintMiddleware
 
 PATH = "/v1/completions"
+ECHOING = (PATH, "/v1/responses")
 
 
 def app(enabled: bool = True) -> TestClient:
@@ -41,13 +43,14 @@ def app(enabled: bool = True) -> TestClient:
         return JSONResponse({"body": (await request.body()).decode()})
 
     routes = [
-        Route(PATH, echo, methods=["POST"]),
+        *(Route(path, echo, methods=["POST"]) for path in ECHOING),
         Route("/v1/chat/completions", stream, methods=["POST"]),
         Route("/v1/embeddings", other, methods=["POST"]),
     ]
     return TestClient(ParallelismHintMiddleware(Starlette(routes=routes), is_enabled=lambda: enabled))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("path", ECHOING)
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
@@ -57,8 +60,8 @@ def app(enabled: bool = True) -> TestClient:
         ({"prompt": "x", "parallelism_hint": "tp2"}, {"X-Parallelism-Hint": "tp2"}),
     ],
 )
-def test_a_hint_is_handed_on_from_every_place(body: dict[str, Any], headers: dict[str, str]) -> None:
-    response = app().post(PATH, json=body, headers=headers).json()
+def test_a_hint_is_handed_on_from_every_place(path: str, body: dict[str, Any], headers: dict[str, str]) -> None:
+    response = app().post(path, json=body, headers=headers).json()
     assert json.loads(response["body"]) == {"prompt": "x", "vllm_xargs": {"parallelism_hint": "tp2"}}
     assert int(response["length"]) == len(response["body"])
 
@@ -116,8 +119,21 @@ def test_bad_and_contradictory_hints_are_refused() -> None:
     assert response.status_code == 400 and "different hints" in response.text
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("completion", "CompletionRequest"),
+        ("chat_completion", "ChatCompletionRequest"),
+        ("responses", "ResponsesRequest"),
+    ],
+)
+def test_every_route_of_vllm_takes_what_is_handed_on(module: str, name: str) -> None:
+    fields = getattr(import_module(f"vllm.entrypoints.openai.{module}.protocol"), name).model_fields
+    assert {"vllm_xargs", "priority"} <= set(fields)
+
+
 def test_the_layout_is_named_streamed_or_not() -> None:
-    for path in (PATH, "/v1/chat/completions"):
+    for path in (*ECHOING, "/v1/chat/completions"):
         assert app().post(path, json={}).headers["x-flying-layout"] == "tp2; engines=0,1"
     assert "x-flying-layout" not in app().post("/v1/embeddings", json={"parallelism_hint": "fast"}).headers
 

@@ -17,6 +17,7 @@ from vllm_flying.settings.reference import field_docstrings, reference
     ("mapping", "texts"),
     [
         ({"on_hnt": "form"}, ["'on_hnt'", "did you mean 'on_hint'", "Allowed:"]),
+        ({"speed": 7}, ["unknown setting 'speed'. It has the value 7. Allowed: enabled, widths"]),
         ({"on_hint": "maybe"}, ["'on_hint'", "'maybe'", "form, best_effort"]),
         ({"enabled": "yes"}, ["'enabled'", "'yes'", "true or false"]),
         ({"widths": 2}, ["'widths'", "list of whole numbers"]),

@@ -1,4 +1,4 @@
-"""The command `vllm-flying`: serve, status, switch, doctor.
+"""The command `vllm-flying`: serve, status, switch, explain, doctor.
 
 A process that vLLM spawns first imports its parent's main module, and with it this package, before it imports vLLM. So
 it is where the parent is the command or `python -m vllm_flying.cli.main`; Python leaves out a package's `__main__`.

@@ -11,12 +11,14 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 from vllm_flying.cli.client import add_server_options, call, refusal
 from vllm_flying.cli.step_costs import describe_step_costs, why_no_step_costs
 from vllm_flying.core.tiles import check_divides
 from vllm_flying.core.topology import available_widths
+from vllm_flying.patches.supported import model_reasons, sizes_to_divide
 
 OK, WARN, BAD = "ok  ", "warn", "BAD "
 Finding = tuple[str, str]
@@ -114,15 +116,15 @@ def _model(arguments: argparse.Namespace) -> Iterator[Finding]:
     except Exception as error:
         yield BAD, f"model {arguments.model}: {error}"
         return
-    text = config.hf_text_config
-    kv_heads = config.get_total_num_kv_heads()
-    sizes = [("attention heads", text.num_attention_heads), ("KV heads", kv_heads)]
-    if isinstance(getattr(text, "intermediate_size", None), int):
-        sizes.append(("intermediate size", text.intermediate_size))
+    refused, sizes = model_reasons(config), sizes_to_divide(config)
     yield OK, f"model {arguments.model}: {config.architecture}, " + ", ".join(f"{n} {s}" for n, s in sizes)
-    for name, present in (("mixture of experts", config.is_moe), ("latent attention", config.use_mla)):
-        if present:
-            yield BAD, f"{name} can't change its layout yet"
+    yield from ((BAD, reason) for reason in refused)
+    if window := config.get_sliding_window():
+        yield WARN, f"a sliding window of {window} tokens: refused at start if layers keep the KV of that window only"
+    if refused:
+        return
+    yield from _weights(arguments)
+    kv_heads = config.get_total_num_kv_heads()
     for width in (1, *available_widths(arguments.data_parallel_size)):
         degree = width * arguments.tensor_parallel_size
         reasons = check_divides(sizes, degree)
@@ -132,6 +134,13 @@ def _model(arguments: argparse.Namespace) -> Iterator[Finding]:
         per_token = 2 * kv_heads // degree * config.get_head_size() * config.dtype.itemsize
         layers = config.get_total_num_hidden_layers()
         yield OK, f"groups of {width}: TP {degree}, {per_token * layers} KV bytes per token and worker, weights shared"
+
+
+def _weights(arguments: argparse.Namespace) -> Iterator[Finding]:
+    files = list(Path(arguments.model).glob("*.safetensors"))
+    if files:  # a directory; the size of what would have to be fetched first isn't looked up
+        size, each = sum(file.stat().st_size for file in files), arguments.tensor_parallel_size
+        yield OK, f"weights: {size / 1e6:.1f} MB as stored, once per engine for all layouts, {size / each / 1e6:.1f} MB a worker"
 
 
 def _running_server(arguments: argparse.Namespace) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from vllm_flying.frontend.audit import read_decisions, sentence
 
 
 def add_parsers(commands: Any) -> None:
-    """Add both commands."""
+    """Add these commands."""
     common = argparse.ArgumentParser(add_help=False)
     add_server_options(common)
     common.add_argument("--json", action="store_true", help="print the server's answer as it came")
@@ -80,12 +80,15 @@ def _switch(arguments: argparse.Namespace) -> int:
         code, answer = call(arguments, "GET", "status")
         if code != 200:
             return _print_answer(code, answer)
-        engines, width = len(answer["engines"]), max(arguments.width, 1)
-        groups = [list(range(first, min(first + width, engines))) for first in range(0, engines, width)]
+        engines, width = len(answer["engines"]), arguments.width
+        if width < 1 or engines % width:
+            print(f"--width {width}: {engines} engines can't be groups of {width}", file=sys.stderr)
+            return 2
+        groups = [list(range(first, first + width)) for first in range(0, engines, width)]
     body: dict[str, Any] = {"groups": groups}
     if arguments.method:
         body["method"] = arguments.method
-    if arguments.timeout:
+    if arguments.timeout is not None:
         body["timeout_s"] = arguments.timeout
     code, answer = call(arguments, "POST", "switch", body)
     if code != 200 or arguments.json:

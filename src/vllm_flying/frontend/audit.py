@@ -33,7 +33,7 @@ class AuditLog:
             self._said = None
             return False
         said = (plan.layout, decision.verdict.split(" of ")[0].split(" for ")[0])
-        if said == self._said and not decision.act:
+        if said == self._said and record is None:
             return False
         self._said = said
         entry = {

@@ -92,7 +92,10 @@ class ControlLoop:
         )
         if self._measurement is not None and self._measurement.look(seen):
             self._conclude_measurement()
+        failures = self.controller.failures
         decision = self.controller.decide(seen)
+        if self.controller.failures > failures:
+            metrics().policy_failed()
         if decision.plan is None or not decision.act or self._settings.dry_run:
             if self._audit.note(decision, layout.to_lists()) and decision.plan is not None:
                 metrics().decided(decision.plan.rule, False, decision.plan.gain_s)

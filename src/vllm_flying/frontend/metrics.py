@@ -32,6 +32,7 @@ DEFINITIONS = {
     "phases": Definition("histogram", "switch_phase_seconds", "Seconds spent in each phase of a switch.", ("phase",)),
     "paused": Definition("counter", "requests_paused", "Begun requests that a switch left waiting for their layout."),
     "moved": Definition("counter", "requests_moved", "Begun requests that moved into the new layout with their KV."),
+    "again": Definition("counter", "requests_recomputed", "Begun requests whose KV was given up at a switch."),
     "recomputed": Definition("counter", "recomputed_tokens", "Tokens whose KV was given up at switches; 0 where "
                              "memory suffices."),
     "prefixes": Definition("counter", "prefixes_moved", "Hot cached prefixes that followed a switch without a request."),
@@ -41,6 +42,7 @@ DEFINITIONS = {
                         ("hint", "honoured")),
     "decisions": Definition("counter", "decisions", "Plans of the controller, by rule and what became of them.",
                             ("rule", "done")),
+    "failures": Definition("counter", "policy_failures", "Looks at which the policy raised; the layout stayed as it was."),
     "predicted": Definition("counter", "predicted_gain_seconds", "Seconds that carried-out plans were to save.",
                             ("rule",)),
     "saved": Definition("counter", "realised_gain_seconds", "Seconds that a usual request was found to take less after "
@@ -83,6 +85,7 @@ class Metrics:
         if record["outcome"] == "committed":
             self.layout(record["to"])
             self._collectors["paused"].inc(record["requests"]["paused"])
+            self._collectors["again"].inc(record["requests"]["recomputed"])
             self._collectors["recomputed"].inc(record["recomputed_tokens"])
             self._collectors["moved"].inc(record["requests"]["moved"])
             self._collectors["prefixes"].inc(record["prefixes"]["moved"])
@@ -98,6 +101,10 @@ class Metrics:
         self._collectors["decisions"].labels(rule, str(done).lower()).inc()
         if done:
             self._collectors["predicted"].labels(rule).inc(max(0.0, gain_s))
+
+    def policy_failed(self) -> None:
+        """The policy raised."""
+        self._collectors["failures"].inc()
 
     def realised(self, rule: str, gain_s: float | None) -> None:
         """A plan's gain was measured; None if it stays unknown. Counters only rise: losses have their own."""

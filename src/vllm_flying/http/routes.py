@@ -69,6 +69,8 @@ def build_router(app: FastAPI) -> APIRouter:
 
     @routes.get("/memory")
     async def memory(flying: Any = Depends(enabled)) -> JSONResponse:
+        if any(len(group.engines) > 1 for group in (await flying.ready()).groups):
+            return _error(409, "parked engines' workers can't be asked, they wait for their leader; ask with all engines apart")
         return JSONResponse({"workers": await flying.engines.call_all("memory")})
 
     @routes.post("/switch")

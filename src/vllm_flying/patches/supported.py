@@ -33,6 +33,11 @@ def check_arguments(arguments: Any) -> None:
             reasons.append(f"--{name.replace('_', '-')} {getattr(arguments, name)}: can't be combined with switching yet")
     if getattr(arguments, "speculative_config", None):
         reasons.append("--speculative-config: drafts can't change their layout yet")
+    if getattr(arguments, "data_parallel_backend", "mp") != "mp":
+        reasons.append(f"--data-parallel-backend {arguments.data_parallel_backend}: engines must be processes of this host")
+    local = getattr(arguments, "data_parallel_size_local", None)
+    if local not in (None, arguments.data_parallel_size):
+        reasons.append(f"--data-parallel-size-local {local}: all {arguments.data_parallel_size} engines must be on this host")
     if getattr(arguments, "data_parallel_rank", None) is not None:
         reasons.append("--data-parallel-rank: all engines must belong to this server")
     load_format = str(arguments.load_format)
@@ -43,7 +48,20 @@ def check_arguments(arguments: Any) -> None:
 
 def check_config(config: Any) -> None:
     """Refuse models and features that exclude switching, once vLLM has resolved its config."""
-    model = config.model_config
+    reasons = model_reasons(config.model_config)
+    if config.kv_transfer_config is not None or getattr(config, "ec_transfer_config", None) is not None:
+        reasons.append("KV and encoder-cache connectors can't be combined with switching yet")
+    if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
+        reasons.append("KV cache events can't be combined with switching yet")
+    reasons += _divisions(config)
+    _raise(reasons)
+
+
+def model_reasons(model: Any) -> list[str]:
+    """Why a model, given as vLLM's ModelConfig, can't change its layout whatever the widths; empty if it can.
+
+    What its layers keep in the KV cache isn't known before they are built: `worker.kv_views` refuses other kinds then.
+    """
     reasons = []
     if model.is_moe:
         reasons.append("mixture-of-experts models can't change their layout yet")
@@ -55,23 +73,21 @@ def check_config(config: Any) -> None:
         reasons.append("multimodal models can't change their layout yet")
     if model.quantization:
         reasons.append(f"quantised weights ({model.quantization}) can't change their layout yet")
-    if config.kv_transfer_config is not None or getattr(config, "ec_transfer_config", None) is not None:
-        reasons.append("KV and encoder-cache connectors can't be combined with switching yet")
-    if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
-        reasons.append("KV cache events can't be combined with switching yet")
-    reasons += _divisions(config)
-    _raise(reasons)
+    if model.is_hybrid or model.is_attention_free:
+        reasons.append("models with layers other than attention can't change their layout yet")
+    return reasons
+
+
+def sizes_to_divide(model: Any) -> list[tuple[str, int]]:
+    """Names and sizes of what every width must divide."""
+    text = model.hf_text_config
+    sizes = [("attention heads", text.num_attention_heads), ("KV heads", model.get_total_num_kv_heads())]
+    intermediate = getattr(text, "intermediate_size", None)
+    return [*sizes, ("intermediate size", intermediate)] if isinstance(intermediate, int) else sizes
 
 
 def _divisions(config: Any) -> list[str]:
-    settings = settings_from_vllm_config(config)
-    model = config.model_config
-    text = model.hf_text_config
-    heads, kv_heads = text.num_attention_heads, model.get_total_num_kv_heads()
-    sizes = [("attention heads", heads), ("KV heads", kv_heads)]
-    intermediate = getattr(text, "intermediate_size", None)
-    if isinstance(intermediate, int):
-        sizes.append(("intermediate size", intermediate))
+    settings, sizes = settings_from_vllm_config(config), sizes_to_divide(config.model_config)
     reasons = []
     for width in settings.built_widths():
         for reason in check_divides(sizes, width * settings.engine_tp):

@@ -5,7 +5,7 @@ Pure: no torch, no vllm.
 
 from __future__ import annotations
 
-from vllm_flying.seams.manifest import PATCHED, SUPPORTED, USED
+from vllm_flying.seams.manifest import PATCHED, REPLACED, SUPPORTED, USED
 
 INTRODUCTION = """# What of vLLM this plugin touches
 
@@ -29,6 +29,9 @@ def ledger() -> str:
     for patched in PATCHED:
         name = f"`{patched.symbol.module}.{patched.symbol.name}`"
         lines.append(f"| {name} | {patched.reason} | {patched.guard} | `{patched.test}` |")
+    lines += ["", "## Values that are set", "", "| what | when and why | where and guard | shown by |", "|---|---|---|---|"]
+    for replaced in REPLACED:
+        lines.append(f"| `{replaced.module}`: `{replaced.names}` | {replaced.reason} | {replaced.guard} | `{replaced.test}` |")
     lines += ["", "## Used as they are", "", "| module | symbols | for |", "|---|---|---|"]
     rows: dict[tuple[str, str], list[str]] = {}
     for symbol in USED:

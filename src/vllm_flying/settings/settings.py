@@ -167,8 +167,8 @@ class Settings:
         for key, value in mapping.items():
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
-                guess = f"; did you mean {close[0]!r}?" if close else ""
-                raise SettingsError(f"unknown setting {key!r}{guess} Allowed: {', '.join(known)}")
+                guess = f"; did you mean {close[0]!r}?" if close else "."
+                raise SettingsError(f"unknown setting {key!r}{guess} It has the value {value!r}. Allowed: {', '.join(known)}")
             values[key] = _convert(key, value, str(known[key].type))
         return cls(**values)
 
