@@ -64,8 +64,8 @@ def test_units_carry_every_token_and_head_to_its_place(data: st.DataObject) -> N
     view, original = (x.reshape(NUM_ENGINES, NUM_PAGES, per_page, -1, 3) for x in (after, before))
     for s in range(NUM_ENGINES):
         for t in range(NUM_ENGINES):
-            units = units_of(move, k, s, t)
-            assert len(units) == num_units(move, s, t)
+            units = units_of([move], k, s, t)
+            assert len(units) == num_units([move], s, t)
             if len(units):
                 from_pages = np.asarray(pages[source][s])[units.source_pages]
                 to_pages = np.asarray(pages[target][t])[units.target_pages]

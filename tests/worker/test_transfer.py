@@ -80,7 +80,7 @@ def wanted(task: Task) -> tuple[list[np.ndarray], int]:
         for rank in range(WORKERS):
             target = rank % task.num_engines
             for source in move.span:
-                units = units_of(move, task.kernel_blocks, source, target)
+                units = units_of([move], task.kernel_blocks, source, target)
                 before = contents(rank - target + source).reshape(LAYERS, PAGES, parts, -1)
                 there = before[:, own(move.source, source, units.source_pages), units.source_places]
                 after = pools[rank].reshape(LAYERS, PAGES, parts, -1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -139,23 +140,41 @@ def units_per_page(span: Group, kernel_blocks: int) -> int:
     return kernel_blocks * len(span)
 
 
-def num_units(move: KVMove, source_engine: int, target_engine: int) -> int:
-    """How many units of `move` go from one engine to another."""
-    return (move.last_block - move.first_block) * len(_shared_heads(move, source_engine, target_engine))
+def alike(moves: Sequence[KVMove]) -> list[list[KVMove]]:
+    """Moves by their two groups, in one order for all who have the same moves: such are looked at together."""
+    by_groups: dict[tuple[Group, Group], list[KVMove]] = {}
+    for move in moves:
+        by_groups.setdefault((move.source, move.target), []).append(move)
+    return list(by_groups.values())
 
 
-def units_of(move: KVMove, kernel_blocks: int, source_engine: int, target_engine: int) -> Units:
-    """The units of `move` that go from one engine to another, ordered by kernel block, then by head range."""
-    heads = np.asarray(_shared_heads(move, source_engine, target_engine), dtype=np.int64)
-    blocks = np.arange(move.first_block, move.last_block, dtype=np.int64)
-    block, head = (grid.reshape(-1) for grid in np.meshgrid(blocks, heads, indexing="ij"))
-    wider = len(move.span)
+def num_units(moves: Sequence[KVMove], source_engine: int, target_engine: int) -> int:
+    """How many units of `moves`, which are alike, go from one engine to another."""
+    blocks = sum(move.last_block - move.first_block for move in moves)
+    return blocks * len(_shared_heads(moves[0], source_engine, target_engine))
+
+
+def units_of(moves: Sequence[KVMove], kernel_blocks: int, source_engine: int, target_engine: int) -> Units:
+    """The units of `moves`, which are alike, that go from one engine to another.
+
+    Ordered by move, then by kernel block, then by head range.
+    """
+    heads = np.asarray(_shared_heads(moves[0], source_engine, target_engine), dtype=np.int64)
+    wider = len(moves[0].span)
     ends = []
-    for group, pages in ((move.source, move.source_pages), (move.target, move.target_pages)):
+    for group, all_pages in (
+        (moves[0].source, [move.source_pages for move in moves]),
+        (moves[0].target, [move.target_pages for move in moves]),
+    ):
         blocks_per_page = kernel_blocks * len(group)
         heads_per_block = wider // len(group)
-        numbers = np.asarray(pages, dtype=np.int64)
-        ends.append(numbers[block // blocks_per_page] if len(block) else block)
+        # Kernel blocks counted through the pages of all moves, one after the other.
+        begins = accumulate((len(pages) * blocks_per_page for pages in all_pages), initial=0)
+        blocks = [np.arange(begin + m.first_block, begin + m.last_block) for begin, m in zip(begins, moves)]
+        block = np.repeat(np.concatenate(blocks), len(heads))
+        head = np.tile(heads, sum(map(len, blocks)))
+        numbers = np.fromiter(chain.from_iterable(all_pages), dtype=np.int64)
+        ends.append(numbers[block // blocks_per_page])
         ends.append((block % blocks_per_page) * heads_per_block + head % heads_per_block)
     return Units(*ends)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from vllm_flying.core.migration import KVMove, num_units, units_of, units_per_page
+from vllm_flying.core.migration import KVMove, Units, alike, num_units, units_of, units_per_page
 from vllm_flying.core.topology import Group
 
 
@@ -83,26 +83,34 @@ def layer_pages(runner: Any, kernel_blocks: int) -> list[torch.Tensor]:
 
 def share_of(moves: Sequence[KVMove], span: Group, place: TransferPlace) -> Share:
     """What this worker has to do for those of `moves` whose span is `span`."""
-    moves = [move for move in moves if move.span == span]
+    batches = alike([_with_own_pages(move, place) for move in moves if move.span == span])
     parts = units_per_page(span, place.kernel_blocks)
     traffic = np.zeros((len(span), len(span)), dtype=np.int64)
     for s, source in enumerate(span):
         for t, target in enumerate(span):
             if s != t:
-                traffic[s, t] = sum(num_units(move, source, target) for move in moves)
+                traffic[s, t] = sum(num_units(batch, source, target) for batch in batches)
 
-    def rows(group: Group, pages: np.ndarray, places: np.ndarray) -> np.ndarray:
-        own = np.asarray(place.physical(len(group), pages.tolist()), dtype=np.int64)
-        numbers: np.ndarray = own * parts + places
-        return numbers
+    def units(source: int, target: int) -> list[Units]:
+        some = [batch for batch in batches if num_units(batch, source, target)]
+        return [units_of(batch, place.kernel_blocks, source, target) for batch in some]
 
     leaving, arriving = [], []
     for other in span:
-        away = [(move, units_of(move, place.kernel_blocks, place.engine, other)) for move in moves]
-        leaving.append(_joined(rows(m.source, u.source_pages, u.source_places) for m, u in away if len(u)))
-        home = [(move, units_of(move, place.kernel_blocks, other, place.engine)) for move in moves]
-        arriving.append(_joined(rows(m.target, u.target_pages, u.target_places) for m, u in home if len(u)))
+        away = units(place.engine, other)
+        home = away if other == place.engine else units(other, place.engine)
+        leaving.append(_joined(u.source_pages * parts + u.source_places for u in away))
+        arriving.append(_joined(u.target_pages * parts + u.target_places for u in home))
     return Share(span, place, leaving, arriving, traffic)
+
+
+def _with_own_pages(move: KVMove, place: TransferPlace) -> KVMove:
+    """`move` in this worker's pages, at the ends that it has a part in."""
+
+    def own(group: Group, pages: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(place.physical(len(group), pages)) if place.engine in group else pages
+
+    return replace(move, source_pages=own(move.source, move.source_pages), target_pages=own(move.target, move.target_pages))
 
 
 def _joined(rows: Iterable[np.ndarray]) -> np.ndarray:
