@@ -16,6 +16,7 @@ import torch.distributed
 
 from vllm_flying.core.migration import KVMove
 from vllm_flying.core.topology import Group, group_world_ranks, groups_of_width
+from vllm_flying.worker.copy_rate import plain_move_rate
 from vllm_flying.worker.exchange import Exchange
 from vllm_flying.worker.host_pool import CanNotShare, HostPool, OtherPool, PoolOffer
 from vllm_flying.worker.pull import Pull
@@ -140,6 +141,13 @@ class Worker:
                 other.read(0, offset, target)
         return own, _resident_bytes() - before
 
+    def plain_move(self, num_bytes: int) -> list[tuple[int, int]]:
+        """Offset and size of every read behind the rate that migrations are compared to."""
+        others = [WatchedPool(pool) for pool in self._pulls[4].others.values()]
+        own = memoryview(self._pool.buffer.numpy()).cast("B")
+        assert plain_move_rate(num_bytes, torch.distributed.group.WORLD, others, own) > 0
+        return [read for other in others for read in other.reads]
+
     def _choose(self, pool: HostPool | CanNotShare, layers: list[torch.Tensor], num_engines: int) -> Any:
         return choose_transport(pool, lambda: layers, num_engines, torch.distributed.group.WORLD, STAGING_BYTES)
 
@@ -152,6 +160,18 @@ class SlowPool(OtherPool):
 
     def read(self, layer: int, offset: int, target: memoryview) -> None:
         time.sleep(0.02)
+        super().read(layer, offset, target)
+
+
+class WatchedPool(OtherPool):
+    """Another's pool, and what was read of it."""
+
+    def __init__(self, pool: OtherPool) -> None:
+        vars(self).update(vars(pool))
+        self.reads: list[tuple[int, int]] = []
+
+    def read(self, layer: int, offset: int, target: memoryview) -> None:
+        self.reads.append((offset, len(target)))
         super().read(layer, offset, target)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.transfer_workers import LAYERS, PAGE_BYTES, PAGES, WORKERS, Task, TransferWorkers, contents
 from vllm_flying.core.migration import KVMove, units_of, units_per_page
 from vllm_flying.core.topology import Group, aligned_group
+from vllm_flying.worker.copy_rate import REPEATS
 from vllm_flying.worker.host_pool import CanNotShare, HostPool
 
 FIRST_VIRTUAL = 100  # far from physical numbers
@@ -125,6 +126,13 @@ def test_nobody_reads_before_a_source_is_there(workers: TransferWorkers, rank: i
 @pytest.mark.parametrize("rank", range(WORKERS))
 def test_a_source_goes_on_when_all_have_read(workers: TransferWorkers, rank: int) -> None:
     assert same(workers.run("transfer", MERGE_AND_SPLIT, "pull", -1, rank), MERGE_AND_SPLIT)
+
+
+def test_a_plain_move_reads_as_much_as_is_said_and_other_bytes_every_time(workers: TransferWorkers) -> None:
+    each = 128
+    for reads in workers.run("plain_move", each * WORKERS * (WORKERS - 1)):
+        assert len(reads) == REPEATS * (WORKERS - 1) and {size for _, size in reads} == {each}
+        assert len({offset for offset, _ in reads}) == REPEATS
 
 
 @pytest.mark.parametrize("how", ["no pool", "no such file", "another host's process"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -45,6 +46,26 @@ def plain_read_rate(num_bytes: int, process_group: Any, others: Collection[Other
     def copy() -> None:
         for other in others:
             other.read(0, 0, target)
+        torch.distributed.barrier(process_group)
+
+    return float(each * members * len(others) / _shortest(copy, process_group))
+
+
+def plain_move_rate(num_bytes: int, process_group: Any, others: Collection[OtherPool], own: memoryview) -> float:
+    """The same where every worker copies, besides, as many bytes of its `own` pool: all that a migration copies.
+
+    Every time they are others, as a migration's are. The rate counts what is read in other pools, as a migration's does.
+    """
+    members = torch.distributed.get_world_size(process_group)
+    each = num_bytes // (members * len(others))
+    read, copied = (memoryview(bytearray(each * len(others))) for _ in range(2))
+    begins = cycle(range(0, len(own) - len(copied), len(copied)) or [0])
+
+    def copy() -> None:
+        begin = next(begins)
+        for place, other in enumerate(others):
+            other.read(0, begin, read[place * each : (place + 1) * each])
+        copied[:] = own[begin : begin + len(copied)]
         torch.distributed.barrier(process_group)
 
     return float(each * members * len(others) / _shortest(copy, process_group))

@@ -15,8 +15,9 @@ import torch
 from vllm_flying.core.migration import KVMove
 from vllm_flying.core.topology import aligned_group
 from vllm_flying.worker.communicators import WorkerPlace
-from vllm_flying.worker.copy_rate import plain_copy_rate, plain_read_rate
-from vllm_flying.worker.kv_views import kernel_block_size
+from vllm_flying.worker.copy_rate import plain_copy_rate, plain_move_rate, plain_read_rate
+from vllm_flying.worker.host_pool import OtherPool
+from vllm_flying.worker.kv_views import kernel_block_size, raw_pool
 from vllm_flying.worker.layout_table import LayoutTable
 from vllm_flying.worker.pull import Pull
 from vllm_flying.worker.request_state import export_states, forget_states, install_states
@@ -53,12 +54,19 @@ class GroupCalls:
 
     def flying_read_rate(self, num_bytes: str, width: str) -> float:
         """The same of plain reads of the other workers' memory; 0 where KV doesn't move like this."""
-        transport, place = self._flying_transport, self._flying_place
-        if not isinstance(transport, Pull):
-            return 0.0
-        members = aligned_group(place.engine, int(width))
-        others = [pool for engine, pool in transport.others.items() if engine in members]
-        return plain_read_rate(int(num_bytes), self._flying[int(width)].tensor_parallel_group.device_group, others)
+        group, others = self._flying[int(width)].tensor_parallel_group.device_group, self._flying_others(int(width))
+        return plain_read_rate(int(num_bytes), group, others) if others else 0.0
+
+    def flying_move_rate(self, num_bytes: str, width: str) -> float:
+        """The same with as many bytes copied within each worker, which is what a migration does in all."""
+        group, others = self._flying[int(width)].tensor_parallel_group.device_group, self._flying_others(int(width))
+        own = memoryview(raw_pool(self._flying[1].runner).numpy()).cast("B") if others else memoryview(b"")
+        return plain_move_rate(int(num_bytes), group, others, own) if others else 0.0
+
+    def _flying_others(self, width: int) -> list[OtherPool]:
+        transport, members = self._flying_transport, aligned_group(self._flying_place.engine, width)
+        pools = transport.others.items() if isinstance(transport, Pull) else ()
+        return [pool for engine, pool in pools if engine in members]
 
     def flying_export(self, request_ids: dict[int, list[str]]) -> dict[str, bytes]:
         """What the runners of former layouts (by width) know of begun requests."""
