@@ -103,3 +103,54 @@ def test_who_was_aborted_meanwhile_does_not_come_back() -> None:
     made[0].status = RequestStatus.FINISHED_ABORTED
     deferral.put_back(scheduler)
     assert scheduler.schedulable() == [1]
+
+
+@given(st.lists(st.tuples(st.floats(0.05, 6.0), st.floats(0.05, 1.0)), min_size=40, max_size=60))
+def test_urgent_ones_that_keep_coming_leave_the_others_about_half_of_the_time(turns: list[tuple[float, float]]) -> None:
+    """Each turn is seconds with an urgent one, and seconds without; a step takes 50 ms."""
+    limit_s, step_s, now = 2.0, 0.05, 1000.0
+    other = make_request(0, 0, True)
+    scheduler, deferral = Scheduler([other]), Deferral(limit_s)
+    kept_from, longest, without_step = 0.0, 0.0, 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.time, "monotonic", lambda: now)
+        for name, (urgent_s, quiet_s) in enumerate(turns, 1):
+            urgent = make_request(name, -1, True)
+            scheduler.requests[name] = urgent
+            scheduler.running.append(urgent)
+            deferral.saw(urgent)  # type: ignore[arg-type]
+            ends = now + urgent_s
+            while now < ends + quiet_s:
+                if now >= ends and urgent in scheduler.running:
+                    urgent.status = RequestStatus.FINISHED_STOPPED
+                    scheduler.running.remove(urgent)
+                    del scheduler.requests[name]
+                deferral.update(scheduler)
+                without_step = 0.0 if 0 in scheduler.schedulable() else without_step + step_s
+                kept_from += step_s * (without_step > 0)
+                longest = max(longest, without_step)
+                now += step_s
+    assert longest <= limit_s + 2 * step_s
+    assert kept_from <= (now - 1000.0) / 2 + limit_s + 2 * step_s
+    assert 0 in scheduler.schedulable()
+
+
+def test_after_a_quiet_while_the_whole_limit_holds_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    made = [make_request(0, 0, True), make_request(1, -1, True)]
+    scheduler, deferral = Scheduler(made), Deferral(limit_s=5)
+    deferral.saw(made[1])  # type: ignore[arg-type]
+    for moment in (100.0, 105.1):
+        now[0] = moment
+        deferral.update(scheduler)
+    made[1].status = RequestStatus.FINISHED_STOPPED
+    scheduler.running.remove(made[1])
+    deferral.update(scheduler)
+    again = make_request(2, -1, True)
+    scheduler.requests[2] = again
+    scheduler.running.append(again)
+    now[0] = 111.0
+    deferral.saw(again)  # type: ignore[arg-type]
+    deferral.update(scheduler)
+    assert scheduler.schedulable() == [2]

@@ -2,7 +2,8 @@
 
 May import vllm. A request that stands back keeps its KV and its place: it goes on as stock vLLM resumes one whose KV came
 from a connector. Only where an urgent one finds no pages, the others give up theirs, one by one, as at a stock
-preemption. Urgent is a priority better than vLLM's usual 0. No request stands back for longer than a limit.
+preemption. Urgent is a priority better than vLLM's usual 0. No request stands back for longer than a limit, nor for more
+than about half of the time where urgent ones keep coming.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ class Deferral:
         self._aside: list[Request] = []
         self._expected = False
         """Whether there may be urgent requests."""
-        self._since: float | None = None
+        self._looked = -math.inf
+        self._was_urgent = False
+        self._stood_back_s = 0.0
+        """Rises while others stand back, and falls as fast while they don't."""
+        self._all_share = False
+        """The limit is used up: nobody stands back until that time is given back and there is a while without urgent ones."""
 
     def __len__(self) -> int:
         return sum(not request.is_finished() for request in self._aside)
@@ -60,18 +66,24 @@ class Deferral:
         """Between steps, whatever is in flight: who stands back, and who goes on."""
         if not self._expected and not self._aside:
             return
+        self._take_time()
         urgent = [request for request in scheduler.requests.values() if _is_urgent(request)]
         self._expected = bool(urgent)
-        if scheduler.pause_state != PauseState.UNPAUSED or not any(_can_run(request) for request in urgent):
-            self._since = None
-            self.put_back(scheduler)
-            return
-        if self._since is None:
-            self._since = time.monotonic()
-        if time.monotonic() - self._since > self._limit_s:
-            self.put_back(scheduler)
-        else:
+        self._was_urgent = scheduler.pause_state == PauseState.UNPAUSED and any(_can_run(request) for request in urgent)
+        if self._was_urgent and not self._all_share:
             self._set_aside(scheduler)
+        else:
+            self.put_back(scheduler)
+
+    def _take_time(self) -> None:
+        """Without memory of it, urgent ones with a step between them would leave the others that step only."""
+        now = time.monotonic()
+        elapsed, self._looked = now - self._looked, now
+        self._stood_back_s = max(0.0, self._stood_back_s + (elapsed if self._aside else -elapsed))
+        if self._stood_back_s > self._limit_s:
+            self._all_share = True
+        elif not self._stood_back_s and not self._was_urgent:
+            self._all_share = False
 
     def _set_aside(self, scheduler: Any) -> None:
         running = [request for request in scheduler.running if request.priority >= 0]
@@ -101,7 +113,7 @@ class Deferral:
         if holding and missing <= within_reach:  # whom stock vLLM would preempt first, scheduling by priority
             self._give_up_kv(scheduler, max(holding, key=lambda request: (request.priority, request.arrival_time)))
         else:  # giving up doesn't help it: from here on as after the limit
-            self._since = -math.inf
+            self._all_share = True
             self.put_back(scheduler)
 
     def give_up_kv(self, scheduler: Any) -> None:
