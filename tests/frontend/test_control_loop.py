@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_flying.controller.response import HORIZON_S
+from vllm_flying.controller.policies import predicted_response
+from vllm_flying.controller.response import HORIZON_S, Targets
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend import control_loop as module
 from vllm_flying.frontend.audit import read_decisions, sentence
@@ -124,3 +125,28 @@ def test_a_policy_that_raises_is_counted_and_changes_nothing(now: list[float], t
     looks(loop)
     assert server.present == APART and before is not None
     assert REGISTRY.get_sample_value("vllm_flying_policy_failures_total") == before + 2
+
+
+def test_targets_reach_the_policy_and_what_it_sees_is_on_metrics(now: list[float], tmp_path: Path) -> None:
+    from prometheus_client import REGISTRY
+
+    seen: list[Any] = []
+
+    def looking(observation: Any) -> None:
+        seen.append(observation)
+
+    server = Recorded()
+    settings = Settings(policy="load", num_engines=2, ttft_target_ms=500, tpot_target_ms=40)
+    loop = ControlLoop(server, server, tmp_path, settings)  # type: ignore[arg-type]
+    loop.controller.policy = looking
+    looks(loop)
+    now[0] += 1.0
+    server.serve(8, 0.5)
+    looks(loop)
+    assert seen[-1].targets == Targets(0.5, 0.04)
+    assert REGISTRY.get_sample_value("vllm_flying_arrival_rate") == seen[-1].arrival_rate > 0
+    assert REGISTRY.get_sample_value("vllm_flying_arrival_trend") == seen[-1].arrival_trend > 0
+    predicted = predicted_response(seen[-1], APART)
+    assert predicted is not None
+    assert REGISTRY.get_sample_value("vllm_flying_predicted_ttft_seconds") == predicted.ttft_s
+    assert REGISTRY.get_sample_value("vllm_flying_predicted_tpot_seconds") == predicted.tpot_s

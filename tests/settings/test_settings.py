@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vllm_flying.controller.response import Targets
 from vllm_flying.controller.schedule import Schedule, ScheduleEntry
 from vllm_flying.settings import Settings, SettingsError
 from vllm_flying.settings.reference import field_docstrings, reference
@@ -26,6 +27,8 @@ from vllm_flying.settings.reference import field_docstrings, reference
         ({"switch_timeout_s": -1}, ["'switch_timeout_s'", "-1", "above 0"]),
         ({"switch_timeout_s": True}, ["'switch_timeout_s'", "a number"]),
         ({"weights": None}, ["'weights'"]),
+        ({"ttft_target_ms": 0}, ["'ttft_target_ms'", "0", "milliseconds above 0"]),
+        ({"tpot_target_ms": "50"}, ["'tpot_target_ms'", "'50'", "a number"]),
         ({"policy": "schedule"}, ["'policy'", "'schedule'", "missing"]),
         ({"schedule": "08:30"}, ["'schedule'", "'08:30'", "a list such as"]),
         ({"schedule": [{"at": "8:30", "width": 1}]}, ["'schedule'", "entry 1", "'at'", "'8:30'", "'00:00' to '23:59'"]),
@@ -48,6 +51,8 @@ def test_values_are_kept_and_can_not_change() -> None:
     assert Settings.from_mapping({"num_engines": 8}).built_widths() == (2, 4, 8)
     scheduled = {"policy": "schedule", "num_engines": 2, "schedule": [{"at": "08:30", "days": "tue", "width": 2}]}
     assert Settings.from_mapping(scheduled).schedule == Schedule((ScheduleEntry(510, (1,), 2),))
+    assert Settings.from_mapping({"ttft_target_ms": 500}).targets() == Targets(ttft_s=0.5)
+    assert Settings.from_mapping({"tpot_target_ms": 40, "ttft_target_ms": None}).targets() == Targets(tpot_s=0.04)
     with pytest.raises(FrozenInstanceError):
         settings.widths = (2,)  # type: ignore[misc]
 

@@ -69,13 +69,13 @@ class Controller:
         return Decision(observation.time, plan, verdict is None, verdict or "switch")
 
     def _share_gained(self, plan: Plan | None, observation: Observation) -> float:
-        """Of the time predicted for staying; nothing without a plan that predicts a gain."""
-        if plan is None or not plan.gain_s:
+        """Of the time predicted for staying, or of a target that is missed; nothing without a plan that predicts either."""
+        if plan is None or not _has_prediction(plan):
             return 0.0
         staying = predicted_seconds(observation, observation.layout)
         # The pause of a switch is paid by requests that are under way; an idle server has none.
         price = self.switch_s if observation.unfinished else 0.0
-        return (plan.gain_s - price) / staying if staying else 1.0
+        return max(plan.missed, (plan.gain_s - price) / staying if staying else 1.0)
 
     def _objection(self, plan: Plan, now: float, convinced: bool) -> str | None:
         if plan.urgent:
@@ -85,7 +85,7 @@ class Controller:
         cooldown = self.cooldown(now)
         if self._switches and now - self._switches[-1] < cooldown:
             return f"within the cooldown of {cooldown:g} s"
-        if plan.gain_s and not convinced:
+        if _has_prediction(plan) and not convinced:
             return f"it isn't much better yet, or not for long: margin {self.margin:g}, patience {self.patience_s:g} s"
         return None
 
@@ -103,3 +103,8 @@ class Controller:
     def hold(self, until: float) -> None:
         """Keep out: an operator has switched by hand."""
         self.held_until = max(self.held_until, until)
+
+
+def _has_prediction(plan: Plan) -> bool:
+    """Else it is for something that a request or the operator asked for."""
+    return bool(plan.gain_s or plan.missed)

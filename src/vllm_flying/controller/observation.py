@@ -11,12 +11,14 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from vllm_flying.controller.response import Load
+from vllm_flying.controller.response import NO_TARGETS, Load, Targets
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 
 # Seconds over which the rate is taken: a burst shows soon, since its unfinished requests count as well.
 MEMORY_S = 2.0
+# And over which it is taken beside that, to tell where it is going.
+LONG_MEMORY_S = 16.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,12 @@ class Observation:
     max_running: int
     arrival_rate: float = 0.0
     """Requests per second."""
+    arrival_trend: float = 0.0
+    """How much more that is than over a longer time; below zero where fewer come than before."""
     mean_prompt_tokens: float = 128.0
     mean_output_tokens: float = 64.0
+    targets: Targets = NO_TARGETS
+    """The operator's, from the settings."""
     wall_clock: datetime | None = None
     """Local time of the server; None if the caller has none to give."""
     schedule: Schedule | None = None
@@ -109,15 +115,21 @@ class RateTracker:
     arrival_rate: float = 0.0
     mean_prompt_tokens: float = 128.0
     mean_output_tokens: float = 64.0
+    _long_rate: float = 0.0
+
+    @property
+    def arrival_trend(self) -> float:
+        """Arrivals per second, lately, less those over a longer time."""
+        return self.arrival_rate - self._long_rate
 
     def update(self, now: float, totals: Totals) -> None:
         """Take in what all engines have counted."""
         if self._time is not None and now > self._time:
             elapsed = now - self._time
-            fresh = 1.0 - math.exp(-elapsed / MEMORY_S)
             new = totals.since(self._last)
             added, finished = max(0, new.requests_added), max(0, new.requests_finished)
-            self.arrival_rate += fresh * (added / elapsed - self.arrival_rate)
+            self.arrival_rate += _fresh(elapsed, MEMORY_S) * (added / elapsed - self.arrival_rate)
+            self._long_rate += _fresh(elapsed, LONG_MEMORY_S) * (added / elapsed - self._long_rate)
             if added:
                 mean = max(0, new.prompt_tokens_added) / added
                 self.mean_prompt_tokens += 0.3 * (mean - self.mean_prompt_tokens)
@@ -125,3 +137,8 @@ class RateTracker:
                 mean = max(0, new.output_tokens_finished) / finished
                 self.mean_output_tokens += 0.3 * (mean - self.mean_output_tokens)
         self._last, self._time = totals, now
+
+
+def _fresh(elapsed: float, memory_s: float) -> float:
+    """The share of an average over `memory_s` that is from the last `elapsed` seconds."""
+    return 1.0 - math.exp(-elapsed / memory_s)

@@ -21,6 +21,8 @@ class Plan:
     reason: str
     gain_s: float = 0.0
     """Predicted seconds that a usual request takes less."""
+    missed: float = 0.0
+    """By how much, as a share, the present layout is predicted to miss a target that this one meets."""
     urgent: bool = False
     """Not to be held back by cooldown: a request can't run otherwise."""
 

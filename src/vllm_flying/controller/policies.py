@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 
 from vllm_flying.controller.observation import Observation
 from vllm_flying.controller.plan import Plan, allowed_layouts, least_width, uniform, with_group_of
-from vllm_flying.controller.response import response_s
+from vllm_flying.controller.response import Response, Targets, response
 from vllm_flying.core.topology import Layout
 
 ENTRY_POINTS = "vllm_flying.policies"
@@ -28,6 +28,12 @@ def manual(observation: Observation) -> Plan | None:
 
 def predicted_seconds(observation: Observation, layout: Layout) -> float | None:
     """Seconds that a usual request will take in a layout; None for a width whose cost isn't known."""
+    predicted = predicted_response(observation, layout)
+    return None if predicted is None else predicted.total_s
+
+
+def predicted_response(observation: Observation, layout: Layout) -> Response | None:
+    """A usual request's times in a layout; None for a width whose cost isn't known."""
     widest = max(len(group) for group in layout.groups)
     narrowest = min(len(group) for group in layout.groups)
     numbers = observation.costs.get(narrowest)
@@ -35,24 +41,38 @@ def predicted_seconds(observation: Observation, layout: Layout) -> float | None:
         return None
     # In a mixed layout usual requests go to the narrow groups; the wide one is there for its own request.
     num_groups = sum(1 for group in layout.groups if len(group) == narrowest)
-    return response_s(numbers, num_groups, observation.load, observation.max_running)
+    return response(numbers, num_groups, observation.load, observation.max_running)
 
 
 def load(observation: Observation) -> Plan | None:
-    """The allowed layout in which a usual request is done first."""
-    timed = [(predicted_seconds(observation, layout), layout) for layout in allowed_layouts(observation)]
-    known = [(seconds, layout) for seconds, layout in timed if seconds is not None]
-    if not known:
+    """The allowed layout in which a usual request is done first; of those that meet the targets, if any does."""
+    timed = [(predicted_response(observation, layout), layout) for layout in allowed_layouts(observation)]
+    known = [(predicted, layout) for predicted, layout in timed if predicted is not None]
+    now = predicted_response(observation, observation.layout)
+    if not known or now is None:
         return None
-    best_seconds, best = min(known, key=lambda pair: (pair[0], -len(pair[1].groups)))
-    now_seconds = predicted_seconds(observation, observation.layout)
-    if best == observation.layout or now_seconds is None:
+    targets = observation.targets
+    meeting = [(predicted, layout) for predicted, layout in known if not predicted.missed(targets)]
+    best, layout = min(meeting or known, key=lambda pair: (pair[0].total_s, -len(pair[1].groups)))
+    if layout == observation.layout:
         return None
-    reason = (
-        f"with {observation.unfinished} requests and {observation.arrival_rate:.1f}/s arriving one takes "
-        f"{best_seconds:.2f} s in {best.to_lists()}, {now_seconds:.2f} s as it is"
+    reason = f"with {observation.unfinished} requests and {observation.arrival_rate:.1f}/s arriving "
+    missed = now.missed(targets) if meeting else 0.0
+    if missed:
+        reason += f"{_times_beside_targets(now, best, targets)} as it is and in {layout.to_lists()}"
+    else:
+        reason += f"one takes {best.total_s:.2f} s in {layout.to_lists()}, {now.total_s:.2f} s as it is"
+    return Plan(layout, "load", reason, gain_s=now.total_s - best.total_s, missed=missed)
+
+
+def _times_beside_targets(now: Response, best: Response, targets: Targets) -> str:
+    """What is missed now, and what it will be."""
+    times = (("TTFT", now.ttft_s, best.ttft_s, targets.ttft_s), ("TPOT", now.tpot_s, best.tpot_s, targets.tpot_s))
+    return " and ".join(
+        f"the {name} target of {1e3 * target:g} ms is missed: {1e3 * took:.0f} ms and {1e3 * will:.0f} ms"
+        for name, took, will, target in times
+        if target is not None and took > target
     )
-    return Plan(best, "load", reason, gain_s=now_seconds - best_seconds)
 
 
 def long_context(observation: Observation) -> Plan | None:

@@ -30,8 +30,41 @@ class Load:
     output_tokens: float
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the operator wants of a usual request at most, in seconds; None is no wish."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+NO_TARGETS = Targets()
+
+
+@dataclass(frozen=True)
+class Response:
+    """A usual request's predicted times, in seconds."""
+
+    ttft_s: float
+    """From its arrival to its first token."""
+    tpot_s: float
+    """Between two tokens."""
+    total_s: float
+    """From its arrival to its last token."""
+
+    def missed(self, targets: Targets) -> float:
+        """By how much the target that is missed most is missed, as a share of it; 0 if all are met."""
+        pairs = ((self.ttft_s, targets.ttft_s), (self.tpot_s, targets.tpot_s))
+        return max([0.0, *(took / target - 1.0 for took, target in pairs if target is not None)])
+
+
 def response_s(numbers: tuple[float, float, float], num_groups: int, load: Load, max_running: int) -> float:
     """Seconds from a usual request's arrival to its last token, in one of `num_groups` equal groups."""
+    return response(numbers, num_groups, load, max_running).total_s
+
+
+def response(numbers: tuple[float, float, float], num_groups: int, load: Load, max_running: int) -> Response:
+    """A usual request's times in one of `num_groups` equal groups."""
     fixed, per_prompt_token, per_decode = numbers
     rate = load.arrival_rate / num_groups
     left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
@@ -41,7 +74,8 @@ def response_s(numbers: tuple[float, float, float], num_groups: int, load: Load,
     queued = load.prompt_tokens_queued / num_groups + load.prompt_tokens
     first_token_s = step_s / 2 + queued * per_prompt_token / left_of_prompts
     turns = max(1.0, present / max_running)
-    return turns * (first_token_s + load.output_tokens * step_s)
+    turn_s = first_token_s + load.output_tokens * step_s
+    return Response((turns - 1.0) * turn_s + first_token_s, step_s, turns * turn_s)
 
 
 def _decoding_soon(

@@ -89,7 +89,9 @@ class ControlLoop:
             self._rates,
             wall_clock=datetime.now().astimezone(),
             schedule=self._settings.schedule,
+            targets=self._settings.targets(),
         )
+        metrics().observed(seen)
         if self._measurement is not None and self._measurement.look(seen):
             self._conclude_measurement()
         failures = self.controller.failures

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from vllm_flying.controller.observation import Observation
+from vllm_flying.controller.policies import predicted_response
+
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -42,6 +45,12 @@ DEFINITIONS = {
                         ("hint", "honoured")),
     "decisions": Definition("counter", "decisions", "Plans of the controller, by rule and what became of them.",
                             ("rule", "done")),
+    "rate": Definition("gauge", "arrival_rate", "Requests per second that arrive, over two seconds, as the controller sees it."),
+    "trend": Definition("gauge", "arrival_trend", "How much more these are than over sixteen seconds; below zero where "
+                        "fewer come than before."),
+    "ttft": Definition("gauge", "predicted_ttft_seconds", "Time to the first token predicted for a usual request in the "
+                       "present layout."),
+    "tpot": Definition("gauge", "predicted_tpot_seconds", "Time between two tokens predicted for it."),
     "failures": Definition("counter", "policy_failures", "Looks at which the policy raised; the layout stayed as it was."),
     "predicted": Definition("counter", "predicted_gain_seconds", "Seconds that carried-out plans were to save.",
                             ("rule",)),
@@ -101,6 +110,15 @@ class Metrics:
         self._collectors["decisions"].labels(rule, str(done).lower()).inc()
         if done:
             self._collectors["predicted"].labels(rule).inc(max(0.0, gain_s))
+
+    def observed(self, seen: Observation) -> None:
+        """The controller looked."""
+        self._collectors["rate"].set(seen.arrival_rate)
+        self._collectors["trend"].set(seen.arrival_trend)
+        predicted = predicted_response(seen, seen.layout)
+        if predicted is not None:
+            self._collectors["ttft"].set(predicted.ttft_s)
+            self._collectors["tpot"].set(predicted.tpot_s)
 
     def policy_failed(self) -> None:
         """The policy raised."""

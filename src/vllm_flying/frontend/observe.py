@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_flying.controller.cost_model import estimates
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker, Totals
+from vllm_flying.controller.response import NO_TARGETS, Targets
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Layout
 
@@ -24,6 +25,7 @@ def observe(
     *,
     wall_clock: datetime | None = None,
     schedule: Schedule | None = None,
+    targets: Targets = NO_TARGETS,
 ) -> Observation:
     """One observation from the status of every engine, in order."""
     totals = Totals.of(statuses)
@@ -54,8 +56,10 @@ def observe(
         kv_tokens_per_engine=statuses[0]["kv_tokens_per_engine"],
         max_running=statuses[0]["max_running"],
         arrival_rate=rates.arrival_rate,
+        arrival_trend=rates.arrival_trend,
         mean_prompt_tokens=rates.mean_prompt_tokens,
         mean_output_tokens=rates.mean_output_tokens,
+        targets=targets,
         wall_clock=wall_clock,
         schedule=schedule,
         totals=totals,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_flying.controller.policies import policy_by_name
+from vllm_flying.controller.response import Targets
 from vllm_flying.controller.schedule import Schedule, ScheduleError, parse_schedule
 from vllm_flying.core.topology import LayoutError, available_widths
 
@@ -94,6 +95,13 @@ class Settings:
     """What another layout is better beyond the margin, added up over time, must come to this for a switch: a layout in
     which requests take 40 % less is formed after a second, one in which they take 15 % less after six."""
 
+    ttft_target_ms: float | None = None
+    """Milliseconds to the first token that a usual request should take at most. With the policies `auto` and `load`, the
+    layout in which requests are done first is chosen among those that are predicted to meet the targets, if any does."""
+
+    tpot_target_ms: float | None = None
+    """Likewise between two tokens."""
+
     manual_hold_s: float = 30.0
     """Seconds that the controller keeps out after a switch asked for by hand."""
 
@@ -131,6 +139,10 @@ class Settings:
         for name in ("cooldown_s", "margin", "patience_s", "manual_hold_s"):
             if not 0 <= getattr(self, name) <= 86400:
                 raise SettingsError(f"setting {name!r} is {getattr(self, name)!r}; allowed: 0 or more, at most 86400")
+        for name in ("ttft_target_ms", "tpot_target_ms"):
+            target = getattr(self, name)
+            if target is not None and not 0 < target <= 86400e3:
+                raise SettingsError(f"setting {name!r} is {target!r}; allowed: milliseconds above 0, at most 86400000")
         if not 0 <= self.flex_delay_weight <= 1:
             raise SettingsError(f"setting 'flex_delay_weight' is {self.flex_delay_weight!r}; allowed: 0 to 1")
         try:
@@ -156,6 +168,13 @@ class Settings:
     def built_widths(self) -> tuple[int, ...]:
         """Widths above 1 whose layouts are built at start."""
         return available_widths(self.num_engines, self.widths)
+
+    def targets(self) -> Targets:
+        """What the operator wants of a usual request, in seconds."""
+        return Targets(
+            None if self.ttft_target_ms is None else self.ttft_target_ms / 1e3,
+            None if self.tpot_target_ms is None else self.tpot_target_ms / 1e3,
+        )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Settings:
@@ -202,7 +221,7 @@ def _convert(key: str, value: Any, kind: str) -> Any:
     elif kind == "int":
         if type(value) is not int or value < 1:
             raise wrong("a whole number above 0")
-    elif kind == "float":
+    elif kind.startswith("float"):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong("a number")
         return float(value)
