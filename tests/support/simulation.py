@@ -11,12 +11,14 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from statistics import mean
 from typing import Any
 
 from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.cost_model import StepCost
 from vllm_flying.controller.observation import RateTracker
+from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 from vllm_flying.frontend.observe import observe
 
@@ -39,6 +41,7 @@ class SimulatedRequest:
     produced: int = 0
     first_token: float = math.nan
     finished: float = math.nan
+    wanted_width: int = 1
 
     @property
     def ttft(self) -> float:
@@ -73,6 +76,8 @@ class SimulatedServer:
         interval_s: float = 0.25,
         noise: float = 0.05,
         seed: int = 0,
+        began: datetime | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.layout = layout
         self.switches: list[tuple[float, Layout]] = []
@@ -92,10 +97,15 @@ class SimulatedServer:
             ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished"), 0
         )
         self._rates = RateTracker()
+        self._began, self._schedule = began, schedule
 
-    def run(self, arrivals: Sequence[tuple[float, int, int]]) -> list[SimulatedRequest]:
-        """Arrivals are (seconds, prompt tokens, output tokens)."""
-        requests = [SimulatedRequest(*arrival) for arrival in sorted(arrivals)]
+    def run(
+        self, arrivals: Sequence[tuple[float, int, int]], wanted_widths: Mapping[float, int] | None = None
+    ) -> list[SimulatedRequest]:
+        """Arrivals are (seconds, prompt tokens, output tokens); some, by their time, ask for a width."""
+        requests = [
+            SimulatedRequest(*arrival, wanted_width=(wanted_widths or {}).get(arrival[0], 1)) for arrival in sorted(arrivals)
+        ]
         coming = list(reversed(requests))
         look = 0.0
         while coming or any(group.requests for group in self._groups):
@@ -167,7 +177,10 @@ class SimulatedServer:
     def _look(self, now: float) -> None:
         if self._controller is None or self._target is not None or self._at_rest_until:
             return
-        observation = observe(now, self.layout, sorted(self._costs), self._statuses(), self._rates)
+        observation = observe(
+            now, self.layout, sorted(self._costs), self._statuses(), self._rates,
+            wall_clock=None if self._began is None else self._began + timedelta(seconds=now), schedule=self._schedule,
+        )  # fmt: skip
         decision = self._controller.decide(observation)
         if decision.act and decision.plan is not None:
             self._target, self._asked = decision.plan.layout, now
@@ -195,7 +208,7 @@ class SimulatedServer:
                 "kv_tokens_capacity": KV_TOKENS * len(group.engines),
                 "kv_tokens_used": sum(request.computed + request.produced for request in own),
                 "kv_tokens_per_engine": KV_TOKENS, "largest_request": max((r.prompt + r.output for r in own), default=0),
-                "wanted_width": 1, "max_running": MAX_RUNNING,
+                "wanted_width": max((r.wanted_width for r in own), default=1), "max_running": MAX_RUNNING,
                 "requests_served": 0, "seconds_served": 0.0, "prompt_tokens_served": 0, "output_tokens_served": 0,
                 **{name: count if engine == 0 else 0 for name, count in self._counters.items()},
                 "costs": {str(width): cost.report() for width, cost in self._learned[engine].items() if cost.known},
