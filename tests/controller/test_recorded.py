@@ -24,7 +24,8 @@ def decided(policy: str, seen: list[Observation]) -> list[tuple[float, list[list
         if look.layout != before.layout:
             controller.switched(look.time, 0.05)
         decision = controller.decide(look)
-        if decision.act and decision.plan is not None:
+        under_way = bool(switches) and switches[-1][1] != look.layout.to_lists()
+        if decision.act and decision.plan is not None and not under_way:
             switches.append((look.time, decision.plan.layout.to_lists(), decision.plan.rule))
     return switches
 
@@ -32,8 +33,8 @@ def decided(policy: str, seen: list[Observation]) -> list[tuple[float, list[list
 APART, MERGED = [[0], [1]], [[0, 1]]
 FOUR_APART = [[0], [1], [2], [3]]
 EXPECTED = {
-    # Quiet, a burst from 8 s to 20 s, quiet.
-    "load": [(2.0, MERGED, "load"), (10.5, APART, "load"), (27.5, MERGED, "load")],
+    # Quiet, a burst from 8 s to 20 s, quiet. (What its switches cost isn't recorded: it was half a second later then.)
+    "load": [(2.0, MERGED, "load"), (10.5, APART, "load"), (27.0, MERGED, "load")],
     # The same; in the burst, at 14 s, a request asks for a group of two.
     "auto": [(2.0, MERGED, "load"), (10.5, APART, "load"), (14.5, MERGED, "long_context")],
     # At 6 s a request comes that one engine can't hold.
