@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -88,10 +89,19 @@ def test_nll_equals_the_static_layout(server: Server, stock: dict[int, dict[str,
         assert server.nll(prompt) == pytest.approx(expected, abs=1e-4)
 
 
-def test_memory_is_one_copy_and_one_pool(server: Server) -> None:
+def rotary_cache_bytes(model: Path) -> int:
+    """Sines and cosines of all positions, which every model makes for itself, once for all its layers. float32."""
+    config = json.loads((model / "config.json").read_text())
+    return 4 * int(config["max_position_embeddings"]) * int(config["head_dim"])
+
+
+def test_memory_is_one_copy_and_one_pool(server: Server, model: Path) -> None:
+    # float32 there too, and nothing in it is tied or padded: neither the vocabulary (512) nor a head.
+    checkpoint = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     server.switch([[0], [1], [2], [3]], method="drain")
     for (worker,) in server.client.get("/plugins/flying/memory").json()["workers"]:
         assert worker["weight_bytes_all_layouts"] <= 1.01 * worker["weight_bytes_one_copy"]
+        assert worker["weight_bytes_one_copy"] == pytest.approx(checkpoint + rotary_cache_bytes(model), rel=0.01)
         views = worker["kv"].values()
         for quantity in ("pool_address", "pool_bytes", "num_pages", "page_bytes"):
             assert len({view[quantity] for view in views}) == 1
