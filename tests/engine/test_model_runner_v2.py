@@ -21,7 +21,7 @@ DP, TP = [[0], [1]], [[0, 1]]
 
 def test_switches_over_model_runner_v2(checkpoints: Path, tmp_path: Path) -> None:
     model = make_checkpoint("llama", checkpoints)
-    stock = Reference(model, tmp_path, {1: {"requests": REQUESTS}})
+    stock = Reference(model, tmp_path, {1: {"requests": REQUESTS, "nll_prompts": [PROMPTS[1]]}})
     arguments = ("--max-model-len", "256", "--max-num-batched-tokens", "256", "--api-server-count", "1")
     with Server(model, tmp_path / "log", *arguments, model_runner_v2=True, kv_bytes=2 << 20) as server:
         assert "Using V2 Model Runner" in server.log.read_text()
@@ -38,4 +38,6 @@ def test_switches_over_model_runner_v2(checkpoints: Path, tmp_path: Path) -> Non
         assert not load.problems, load.problems[:3]
         for layout in (DP, TP):
             server.switch(layout)
-            assert server.nll(PROMPTS[1]) == pytest.approx(transformers_nll(model, PROMPTS[1]), abs=2e-3, rel=1e-3)
+            nll = server.nll(PROMPTS[1])
+            assert nll == pytest.approx(stock.result()["nll"][0], abs=1e-4)
+            assert nll == pytest.approx(transformers_nll(model, PROMPTS[1]), abs=2e-3, rel=1e-3)
