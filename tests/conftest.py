@@ -16,7 +16,7 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 LONG = (
-    {"test_families"},
+    {"test_families", "test_python_api"},
     {"test_wide_engines", "test_smollm2", "test_model_runner_v2", "test_enabling", "test_transfer"},
 )
 """Modules with the tests that take longest: two sets that take about the same."""
