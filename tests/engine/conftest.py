@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.requests import StockTokens
 from tests.support.checkpoints import make_checkpoint
+from tests.support.reference import Reference
 from tests.support.server import Server
 
 HERE = Path(__file__).parent
@@ -34,6 +36,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return "two_engines" in names, "stock" not in names and "two_engines" in names
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def stock(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Stock vLLM, asked for what all modules want to know of it."""
+    model = make_checkpoint("llama", checkpoints)
+    return Reference(model, tmp_path_factory.mktemp("reference"), {1: {"requests": StockTokens.asked()}})
+
+
+@pytest.fixture(scope="session")
+def stock_tokens(stock: Reference) -> StockTokens:
+    """Its answers."""
+    return StockTokens(stock.result()["tokens"])
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import PAGES
+from tests.engine.requests import CASES, GREEDY, StockTokens
+from tests.engine.requests import MOVING_PROMPTS as PROMPTS
 from tests.support.background import Background, wait_for, wait_for_free_pages
 from tests.support.load import random_prompts
 from tests.support.server import Server
@@ -19,29 +21,19 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 DP, TP = [[0], [1]], [[0, 1]]
 SWITCHES = 100
-PROMPTS = random_prompts(61, (24, 70, 130, 200))
 NONE = {"finished": 0, "moved": 0, "recomputed": 0, "paused": 0}
-GREEDY = {"temperature": 0, "ignore_eos": True}
-CASES: dict[str, dict[str, Any]] = {
-    "greedy": {"prompt": PROMPTS[0], "max_tokens": 90},
-    "penalties": {"prompt": PROMPTS[1], "max_tokens": 80, "repetition_penalty": 1.3, "presence_penalty": 0.7,
-                  "frequency_penalty": 0.3},
-    "seeded": {"prompt": PROMPTS[2], "max_tokens": 80, "temperature": 0.8, "top_p": 0.9, "seed": 11},
-    "bias": {"prompt": PROMPTS[0], "max_tokens": 60, "logit_bias": {"17": 4.0, "99": -100}},
-    "limits": {"prompt": PROMPTS[3], "min_tokens": 40, "max_tokens": 90, "ignore_eos": False},
-    "logprobs": {"prompt": PROMPTS[1], "max_tokens": 50, "logprobs": 2},
-    "prompt logprobs": {"prompt": PROMPTS[3], "max_tokens": 40, "prompt_logprobs": 1},
-    "several": {"prompt": PROMPTS[0], "max_tokens": 50, "n": 2, "temperature": 0.9, "seed": 5},
-    "urgent": {"prompt": PROMPTS[2], "max_tokens": 70, "priority": -3},
-    "bad words": {"prompt": "hello", "max_tokens": 60, "bad_words": ["a", "e"]},
-    "grammar": {"prompt": "hello", "max_tokens": 60, "ignore_eos": False,
-                "structured_outputs": {"regex": "(ab|cd){12}[0-9]{20}"}},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def server(two_engines: Server) -> Server:
     return two_engines
+
+
+@pytest.fixture
+def stock_cases(request: pytest.FixtureRequest) -> dict[str, list[list[int]]]:
+    """Stock vLLM's tokens. By name: no other test here needs them, and the modules' order comes from such needs."""
+    tokens: StockTokens = request.getfixturevalue("stock_tokens")
+    return tokens.cases
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +78,13 @@ def close(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_every_feature_survives_random_switches_and_aborts(server: Server) -> None:
+def test_every_feature_survives_random_switches_and_aborts(
+    server: Server, stock_cases: dict[str, list[list[int]]]
+) -> None:
+    # Tokens are stock vLLM's; texts, log-probabilities and usage are this server's at rest.
     expected = {name: answer(server, case) for name, case in CASES.items()}
+    tokens = {name: [choice["token_ids"] for choice in choices] for name, choices in expected.items()}
+    assert tokens == stock_cases
     stop, problems, finished = threading.Event(), [], []
 
     def client(seed: int) -> None:

@@ -6,15 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.engine.conftest import PAGES
+from tests.engine.requests import GREEDY, PROMPTS, SAMPLING, StockTokens
 from tests.support.background import Background, wait_for, wait_for_free_pages
-from tests.support.checkpoints import make_checkpoint
 from tests.support.load import random_prompts
 from tests.support.reference import Reference
 from tests.support.server import Server
@@ -23,35 +22,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 DP, TP = [[0], [1]], [[0, 1]]
 LAYOUTS = {"dp": DP, "tp": TP}
-GREEDY = {"temperature": 0, "ignore_eos": True}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "greedy": {**GREEDY, "max_tokens": 40},
-    "penalties": {
-        **GREEDY, "max_tokens": 30, "repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.3,
-    },
-    "seeded": {"temperature": 0.8, "top_p": 0.9, "seed": 11, "ignore_eos": True, "max_tokens": 30},
-    "bias": {**GREEDY, "max_tokens": 12, "logit_bias": {"17": 100.0}},
-    "limits": {"temperature": 0, "min_tokens": 9, "max_tokens": 14},
-}  # fmt: skip
-PROMPTS = random_prompts(21, (24, 70, 130))
-REQUESTS = [(prompt, options) for options in OPTIONS.values() for prompt in PROMPTS]
 ONE_ENGINE_TOKENS = PAGES * 32
 
 
 @pytest.fixture(scope="module")
-def model(checkpoints: Path) -> Path:
-    return make_checkpoint("llama", checkpoints)
-
-
-@pytest.fixture(scope="module")
-def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(model, tmp_path_factory.mktemp("reference"), {1: {"requests": REQUESTS}})
-
-
-@pytest.fixture(scope="module")
-def expected(stock: Reference) -> list[list[int]]:
-    tokens: list[list[int]] = stock.result()["tokens"]
-    return tokens
+def expected(stock_tokens: StockTokens) -> list[list[int]]:
+    return stock_tokens.sampling
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +46,7 @@ def nothing_left(server: Server) -> Iterator[None]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampling_options_give_stock_tokens(server: Server, expected: list[list[int]], layout: str) -> None:
     server.switch(LAYOUTS[layout])
-    for (prompt, options), tokens in zip(REQUESTS, expected, strict=True):
+    for (prompt, options), tokens in zip(SAMPLING, expected, strict=True):
         assert server.tokens(prompt, **options) == tokens, options
 
 

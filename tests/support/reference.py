@@ -23,7 +23,7 @@ LIMIT_S = 500.0
 class Reference:
     """Stock vLLM in static layouts, one after the other. `specs`: tensor-parallel degree -> what to run there.
 
-    That is `requests`, a list of (prompt token ids, sampling options), and `nll_prompts`. Begins at once, beside whatever
+    That is `requests`, a list of (prompt token ids or text, sampling options), and `nll_prompts`. Begins at once, beside whatever
     the test does next.
     """
 
@@ -78,8 +78,8 @@ def run(model: str, tensor_parallel_size: int, spec: dict[str, Any]) -> dict[str
     )
     requests = spec.get("requests", [])
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt, _ in requests],
-        [SamplingParams.from_optional(**options) for _, options in requests],
+        [{"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt, _ in requests],
+        [sampling_params(options) for _, options in requests],
         use_tqdm=False,
     )
     nll_prompts = spec.get("nll_prompts", [])
@@ -96,6 +96,17 @@ def run(model: str, tensor_parallel_size: int, spec: dict[str, Any]) -> dict[str
             for output, prompt in zip(scored, nll_prompts, strict=True)
         ],
     }
+
+
+def sampling_params(options: dict[str, Any]) -> Any:
+    """As vLLM's server makes them of a request's fields."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = options.get("structured_outputs")
+    return SamplingParams.from_optional(
+        **{**options, "structured_outputs": StructuredOutputsParams(**grammar) if grammar else None}
+    )
 
 
 if __name__ == "__main__":
