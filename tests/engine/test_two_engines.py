@@ -142,6 +142,14 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
         response = server.complete(prompt, 40, **hint)
         assert response.headers["x-flying-layout"].startswith(layout)
         assert response.json()["choices"][0]["token_ids"] == expected[0]
+    body = {"model": server.model, "input": "hello", "max_output_tokens": 8, "temperature": 0}
+    for layout, value in (("tp2; engines=0,1", "tp"), ("tp1; engines=", "dp")):
+        response = server.client.post("/v1/responses", json={**body, "parallelism_hint": value})
+        assert response.status_code == 200, response.text
+        assert response.headers["x-flying-layout"].startswith(layout)
+        assert response.json()["usage"]["output_tokens"] > 0
+    refused = server.client.post("/v1/responses", json={**body, "parallelism_hint": "fast"})
+    assert refused.status_code == 400 and "auto, dp, tp, tp2" in refused.text
     for bad, text in (("fast", "auto, dp, tp, tp2"), ("tp4", "[1, 2]")):
         response = server.complete(prompt, 4, parallelism_hint=bad)
         assert response.status_code == 400 and text in response.text
