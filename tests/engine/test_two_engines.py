@@ -157,6 +157,25 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
     assert response.status_code == 400 and "different hints" in response.text
 
 
+def test_members_of_a_group_sample_the_same_tokens_without_a_seed(server: Server) -> None:
+    """Each samples by itself; if one took another token, its part of the KV would be that of another answer."""
+    sampled = {"temperature": 0.9, "logprobs": 1}
+    answers = []
+    for history in range(3):
+        for engine, requests in ((0, 1 + history), (1, 3)):
+            for _ in range(requests):
+                server.tokens(PROMPTS[0], 5, temperature=0.9, headers={"X-data-parallel-rank": str(engine)})
+        server.switch(TP)
+        for prompt in PROMPTS:
+            choice = server.complete(prompt, 30, **sampled).json()["choices"][0]
+            answers.append((prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"]))
+        server.switch(DP)
+    for prompt, tokens, logprobs in answers:
+        forced = server.nll([*prompt, *tokens])[len(prompt) - 1 :]
+        assert [-value for value in logprobs] == pytest.approx(forced, abs=1e-3)
+    assert len({tuple(tokens) for _, tokens, _ in answers}) == len(answers), "nothing was drawn"
+
+
 def test_one_switch_at_a_time_and_a_time_limit(server: Server) -> None:
     request = Background(server, PROMPTS[1], 800)
     request.wait_for_tokens()
