@@ -13,7 +13,7 @@ import pytest
 from tests.engine.conftest import PAGES
 from tests.engine.requests import CASES, GREEDY, StockTokens
 from tests.engine.requests import MOVING_PROMPTS as PROMPTS
-from tests.support.background import Background, wait_for, wait_for_free_pages
+from tests.support.background import Background, check_workers_back_nothing, wait_for, wait_for_free_pages
 from tests.support.load import random_prompts
 from tests.support.server import Server
 
@@ -25,8 +25,10 @@ NONE = {"finished": 0, "moved": 0, "recomputed": 0, "paused": 0}
 
 
 @pytest.fixture(scope="module")
-def server(two_engines: Server) -> Server:
-    return two_engines
+def server(two_engines: Server) -> Iterator[Server]:
+    """At the end no page is kept, by schedulers (see below) or by workers."""
+    yield two_engines
+    check_workers_back_nothing(two_engines)
 
 
 @pytest.fixture

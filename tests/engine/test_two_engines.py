@@ -13,7 +13,7 @@ import pytest
 
 from tests.engine.conftest import PAGES
 from tests.engine.requests import GREEDY, PROMPTS, SAMPLING, StockTokens
-from tests.support.background import Background, wait_for, wait_for_free_pages
+from tests.support.background import Background, check_workers_back_nothing, wait_for, wait_for_free_pages
 from tests.support.load import random_prompts
 from tests.support.reference import Reference
 from tests.support.server import Server
@@ -31,8 +31,10 @@ def expected(stock_tokens: StockTokens) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def server(stock: Reference, two_engines: Server) -> Server:
-    return two_engines
+def server(stock: Reference, two_engines: Server) -> Iterator[Server]:
+    """At the end no page is kept, by schedulers (see below) or by workers."""
+    yield two_engines
+    check_workers_back_nothing(two_engines)
 
 
 @pytest.fixture(autouse=True)

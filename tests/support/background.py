@@ -103,6 +103,19 @@ def wait_for_free_pages(server: Server, owned: int, limit_s: float) -> None:
         time.sleep(0.1)
 
 
+def backed_pages(server: Server) -> list[int]:
+    """Of each of two engines apart, how many pages of the group of both its worker still backs."""
+    (first,), (second,) = server.client.get("/plugins/flying/memory").json()["workers"]
+    return [worker["kv"]["2"]["backed_pages"] for worker in (first, second)]
+
+
+def check_workers_back_nothing(server: Server) -> None:
+    """Of two idle engines. A merge tells workers which pages there are: what requests that moved had is forgotten then."""
+    server.switch([[0, 1]], method="drain")
+    server.switch([[0], [1]], method="drain")
+    assert backed_pages(server) == [0, 0]
+
+
 def wait_for(server: Server, what: str, count: int) -> None:
     """Until the groups together report `count` requests `what` (running, waiting, paused)."""
     deadline = time.monotonic() + WAIT_S

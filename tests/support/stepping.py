@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -25,6 +26,7 @@ from vllm_flying.core.transaction import Phase, SwitchTransaction
 from vllm_flying.scheduler.agent import EngineAgent
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.settings import settings_from_vllm_config
+from vllm_flying.worker.pages import PageMap
 
 PAGE_TOKENS = 16
 MAX_MODEL_LEN = 2048
@@ -68,10 +70,13 @@ class SteppedEngine:
         self.resumed: list[str] = []
         self.copies: list[dict[str, Any]] = []
         """What workers were last told to copy."""
+        self.worker_pages: dict[int, PageMap] = {}
+        """By width of a group: what workers were told of pages."""
         self._everyone = everyone
 
     def _call_workers(self, method: str, arguments: tuple[Any, ...] = (), non_block: bool = False) -> Any:
         group = self.agent.group
+        self._tell_of_pages(method, arguments, group)
         alone = [{"engine": self.agent.engine, "tp_size": 1, "tp_rank": 0}]
         if method == "flying_release":
             for member in group:
@@ -88,6 +93,17 @@ class SteppedEngine:
         if arguments[0] == "transfer":
             self.copies = arguments[1]
         return [{"bytes": 0, "seconds": 0.0}]
+
+    def _tell_of_pages(self, method: str, arguments: tuple[Any, ...], group: Group) -> None:
+        members = [self._everyone[member].worker_pages.setdefault(len(group), PageMap()) for member in group]
+        if method in ("flying_lead", "flying_follow"):
+            self.worker_pages[len(group)].back_only(*arguments[1:3])
+        elif method == "flying_release":
+            for pages in members:
+                pages.remove(arguments[0])
+        elif (method, arguments[:1]) == ("flying_together", ("extend",)):
+            for pages, member in zip(members, group, strict=True):
+                pages.add(*(np.frombuffer(each, dtype=np.int32) for each in (arguments[1], arguments[2][str(member)])))
 
     def step(self) -> list[Any]:
         """One step of the engine; returns what goes to the front end."""

@@ -29,6 +29,17 @@ def test_every_page_is_translated() -> None:
     assert len(pages) == 3
 
 
+def test_a_group_that_forms_again_backs_what_it_is_told_and_no_more() -> None:
+    pages = PageMap()
+    pages.add(as_pages([1, 2, 3, 4]), as_pages([7, 9, 4, 5]))
+    pages.back_only(as_pages([2, 3]), as_pages([8, 9]))
+    assert len(pages) == 2
+    assert pages.physical([0, 2, 3]) == [0, 8, 9]
+    for page in (1, 4):
+        with pytest.raises(KeyError, match=str(page)):
+            pages.physical([page])
+
+
 def test_a_page_that_is_not_backed_is_an_error() -> None:
     pages = PageMap()
     pages.add(as_pages([1, 2]), as_pages([7, 9]))

@@ -46,6 +46,11 @@ class PageLeases:
         """Virtual pages of the group of `width` that this engine backs."""
         return set(np.flatnonzero(self._map(width)).tolist())
 
+    def backing(self, width: int) -> tuple[Pages, Pages]:
+        """All virtual pages of the group of `width` that this engine backs, and the physical pages behind them."""
+        virtual = np.flatnonzero(self._map(width)).astype(np.int32)
+        return virtual, self._map(width)[virtual]
+
     def physical(self, width: int, virtual: PageNumbers) -> Pages:
         """The physical pages behind `virtual` ones, 0 where there is none."""
         physical: Pages = self._map(width)[as_pages(virtual)]

@@ -334,7 +334,7 @@ class EngineAgent:
         self.group = group
         facade, width, proof = self.facade, len(group), []
         virtual, physical = self._lend(lease)
-        arguments = (width, virtual, physical, self._vllm_config.model_config.seed + epoch)
+        arguments = (width, *self.leases.backing(width), self._vllm_config.model_config.seed + epoch)
         if group[0] == self.engine:
             proof = self._call_workers("flying_lead", (*arguments, proving))[0]
             facade.pools[width].deposit(virtual)

@@ -241,7 +241,7 @@ class WorkerExtension(GroupCalls):
 
     def _flying_enter(self, width: int, virtual: Pages, physical: Pages, seed: int) -> WorkerLayout:
         layout = self._flying.activate(width)
-        layout.pages.add(virtual, physical)
+        layout.pages.back_only(virtual, physical)
         self.model_runner = layout.runner
         # Unseeded sampling draws from the process's generators: all members must hold the same state.
         seed_sampling(self.device, seed)

@@ -20,7 +20,7 @@ def unique_storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def memory_report(table: Any) -> dict[str, Any]:
-    """Weight bytes alone and with all layouts, KV pool and page geometry per width."""
+    """Weight bytes alone and with all layouts; per width KV pool, page geometry and how many of its pages are backed."""
     resident = resident_weights()
     alone = unique_storages(_weights(table[1].runner.model))
     together = dict(alone)
@@ -41,6 +41,7 @@ def _weights(model: torch.nn.Module) -> Iterable[torch.Tensor]:
 
 
 def _kv(layout: Any) -> dict[str, int]:
+    """`backed_pages`: of a group, by a page of this worker; an engine by itself numbers its own pages."""
     config = layout.runner.kv_cache_config
     spec = config.kv_cache_groups[0].kv_cache_spec
     storage = layout.runner.kv_caches[0].untyped_storage()
@@ -50,4 +51,5 @@ def _kv(layout: Any) -> dict[str, int]:
         "num_pages": config.num_blocks,
         "page_bytes": spec.page_size_bytes,
         "page_tokens": spec.block_size,
+        "backed_pages": len(layout.pages),
     }

@@ -32,6 +32,11 @@ class PageMap:
         self._array[virtual] = physical
         self._list = self._array.tolist()
 
+    def back_only(self, virtual: np.ndarray, physical: np.ndarray) -> None:
+        """Know these and no others: pages that a former group's requests held went back without a word to workers."""
+        self._array = np.zeros(1, dtype=np.int32)
+        self.add(virtual, physical)
+
     def remove(self, virtual: np.ndarray) -> None:
         """Forget virtual pages that are no longer backed."""
         self._array[virtual] = UNBACKED
