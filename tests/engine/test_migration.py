@@ -13,7 +13,13 @@ import pytest
 from tests.engine.conftest import PAGES
 from tests.engine.requests import CASES, GREEDY, StockTokens
 from tests.engine.requests import MOVING_PROMPTS as PROMPTS
-from tests.support.background import Background, check_workers_back_nothing, wait_for, wait_for_free_pages
+from tests.support.background import (
+    Background,
+    backed_pages,
+    check_workers_back_nothing,
+    wait_for,
+    wait_for_free_pages,
+)
 from tests.support.load import random_prompts
 from tests.support.server import Server
 
@@ -198,6 +204,19 @@ def test_paused_requests_are_fetched_into_the_present_layout(server: Server) -> 
     assert record["requests"] == {**NONE, "moved": 1}
     assert len(stream.tokens()) == 300
     assert server.status()["groups"][0]["engines"] == [0, 1]
+
+
+def test_workers_back_the_pages_of_paused_requests_until_these_are_done(server: Server) -> None:
+    server.switch(TP)
+    stream = Background(server, PROMPTS[3], 300)
+    stream.wait_for_tokens()
+    assert server.switch(DP, method="pause")["requests"]["paused"] == 1
+    held = server.status()["engines"][0]["pages"]["2"]
+    assert held["owned"] == held["used"] > len(PROMPTS[3]) // 64
+    assert backed_pages(server) == [held["owned"]] * 2
+    server.switch(TP, method="pause")
+    assert len(stream.tokens()) == 300
+    check_workers_back_nothing(server)
 
 
 def test_a_shared_prefix_is_copied_once(server: Server) -> None:
