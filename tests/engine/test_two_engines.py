@@ -120,9 +120,10 @@ def test_an_aborted_paused_request_frees_its_pages(server: Server) -> None:
 
 def test_a_prompt_larger_than_an_engine_runs_when_merged(server: Server) -> None:
     (prompt,) = random_prompts(5, (ONE_ENGINE_TOKENS + 100,))
-    refused = server.complete(prompt, 8)
-    assert refused.status_code == 400
-    assert str(len(prompt) + 8) in refused.text and str(ONE_ENGINE_TOKENS) in refused.text, refused.text
+    for options in ({}, {"n": 2, "temperature": 0.5}):
+        refused = server.complete(prompt, 8, **options)
+        assert refused.status_code == 400
+        assert str(len(prompt) + 8) in refused.text and str(ONE_ENGINE_TOKENS) in refused.text, refused.text
     server.switch(TP)
     merged = server.status()["groups"][0]["kv_tokens_capacity"]
     assert merged >= 0.95 * 2 * ONE_ENGINE_TOKENS
@@ -144,6 +145,10 @@ def test_hints_form_the_group_they_ask_for(server: Server, expected: list[list[i
         response = server.complete(prompt, 40, **hint)
         assert response.headers["x-flying-layout"].startswith(layout)
         assert response.json()["choices"][0]["token_ids"] == expected[0]
+    for layout, value in (("tp2; engines=0,1", "tp"), ("tp1; engines=", "dp")):
+        response = server.complete(prompt, 8, n=2, temperature=0.5, parallelism_hint=value)
+        assert response.headers["x-flying-layout"].startswith(layout)
+        assert len(response.json()["choices"]) == 2
     body = {"model": server.model, "input": "hello", "max_output_tokens": 8, "temperature": 0}
     for layout, value in (("tp2; engines=0,1", "tp"), ("tp1; engines=", "dp")):
         response = server.client.post("/v1/responses", json={**body, "parallelism_hint": value})

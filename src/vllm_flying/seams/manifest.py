@@ -65,6 +65,12 @@ PATCHED = [
         "tests/engine/test_two_engines.py",
     ),
     PatchedSymbol(
+        Symbol("vllm.v1.engine.core_client", "DPAsyncMPClient.add_request_async", "admission", ("self", "request")),
+        "with n > 1 vLLM sends the answers' requests without AsyncLLM._add_request, and takes all back if one is refused",
+        "admits what was not admitted before, then calls vLLM's function",
+        "tests/engine/test_two_engines.py",
+    ),
+    PatchedSymbol(
         Symbol(
             "vllm.v1.engine.core_client", "DPLBAsyncMPClient.get_core_engine_for_request", "routing", ("self", "request")
         ),
