@@ -95,10 +95,14 @@ class SteppedEngine:
         return [{"bytes": 0, "seconds": 0.0}]
 
     def _tell_of_pages(self, method: str, arguments: tuple[Any, ...], group: Group) -> None:
-        members = [self._everyone[member].worker_pages.setdefault(len(group), PageMap()) for member in group]
+        members = [
+            self._everyone[member].worker_pages.setdefault(len(group), PageMap())
+            for member in group
+            if self._everyone[member].agent.group == group or method != "flying_release"
+        ]
         if method in ("flying_lead", "flying_follow"):
             self.worker_pages[len(group)].back_only(*arguments[1:3])
-        elif method == "flying_release":
+        elif method == "flying_release":  # heard by who joined
             for pages in members:
                 pages.remove(arguments[0])
         elif (method, arguments[:1]) == ("flying_together", ("extend",)):
