@@ -33,10 +33,10 @@ def decided(policy: str, seen: list[Observation]) -> list[tuple[float, list[list
 APART, MERGED = [[0], [1]], [[0, 1]]
 FOUR_APART = [[0], [1], [2], [3]]
 EXPECTED = {
-    # Quiet, a burst from 8 s to 20 s, quiet. (What its switches cost isn't recorded: it was half a second later then.)
-    "load": [(2.0, MERGED, "load"), (10.5, APART, "load"), (27.0, MERGED, "load")],
+    # Quiet, a burst from 8 s to 20 s, quiet.
+    "load": [(2.0, MERGED, "load"), (9.0, APART, "load"), (27.5, MERGED, "load")],
     # The same; in the burst, at 14 s, a request asks for a group of two.
-    "auto": [(2.0, MERGED, "load"), (10.5, APART, "load"), (14.5, MERGED, "long_context")],
+    "auto": [(2.0, MERGED, "load"), (9.0, APART, "load"), (14.5, MERGED, "long_context")],
     # At 6 s a request comes that one engine can't hold.
     "long_context": [(6.5, [[0, 1], [2, 3]], "long_context"), (10.0, FOUR_APART, "long_context")],
     # At 5 s an urgent one.

@@ -19,6 +19,10 @@ from vllm_flying.core.topology import Group, Layout
 MEMORY_S = 2.0
 # And over which it is taken beside that, to tell where it is going.
 LONG_MEMORY_S = 16.0
+# Standard deviations of the rate, if arrivals came by chance as often as before, beyond which they are a burst's begin.
+BEYOND_CHANCE = 3.0
+# Requests per second: a rate that is below counts as this, so that one request after a long while is no burst.
+RAREST = 0.05
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,19 @@ class Observation:
         return sum(group.running + group.waiting + group.paused for group in self.groups)
 
     @property
+    def expected_rate(self) -> float:
+        """Requests per second to reckon with: where arrivals rise by more than chance explains, they go on rising."""
+        before = max(0.0, self.arrival_rate - self.arrival_trend)
+        deviation = math.sqrt(max(before, RAREST) / (2 * MEMORY_S))
+        return self.arrival_rate + (self.arrival_trend if self.arrival_trend > BEYOND_CHANCE * deviation else 0.0)
+
+    @property
     def load(self) -> Load:
         """What there is to do and what comes."""
         return Load(
             unfinished=self.unfinished,
             prompt_tokens_queued=sum(group.prompt_tokens_queued for group in self.groups),
-            arrival_rate=self.arrival_rate,
+            arrival_rate=self.expected_rate,
             prompt_tokens=self.mean_prompt_tokens,
             output_tokens=self.mean_output_tokens,
         )
