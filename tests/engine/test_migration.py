@@ -264,7 +264,8 @@ def test_requests_without_room_are_computed_again_after_a_while_and_counted(serv
     assert record["requests"] == {**NONE, "paused": 4}, str(record)
     assert [stream.tokens() for stream in streams] == expected
     again = recomputed_tokens(server) - count
-    assert again >= 4 * 1400
+    # The last of them may find room by then, where the others were.
+    assert again >= 3 * 1400
     assert server.scheduled_tokens() - before == 5 * (1400 + 60 - 1) + again
 
 

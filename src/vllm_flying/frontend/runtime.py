@@ -38,5 +38,9 @@ def ensure_runtime_directory() -> Path:
 
 
 def _remove(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # forked children run the same handlers
-        shutil.rmtree(directory, ignore_errors=True)
+    if os.getpid() != owner:  # forked children run the same handlers
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    # Workers name their communicators' shared memory after the directory, and vLLM may end them before they give it back.
+    for left in MEMORY.glob(f"{Path(directory).name}-*"):
+        left.unlink(missing_ok=True)
