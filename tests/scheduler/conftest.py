@@ -1,4 +1,4 @@
-"""Two stepped engines: a module that wants others makes its own."""
+"""Two stepped engines, or a config for four; a module that wants others makes its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from tests.support.stepping import SteppedServer, make_config
 @pytest.fixture(scope="module")
 def config(checkpoints: Path) -> VllmConfig:
     return make_config(make_checkpoint("llama", checkpoints), num_engines=2)
+
+
+@pytest.fixture(scope="module")
+def four_engines(checkpoints: Path) -> VllmConfig:
+    return make_config(make_checkpoint("llama", checkpoints), num_engines=4)
 
 
 @pytest.fixture

@@ -81,12 +81,24 @@ def test_urgent_ones_run_alone_and_then_all_go_on_in_order(kinds: list[tuple[int
     assert all(not request.is_finished() or request.name in urgent for request in made)
 
 
-def test_nobody_stands_back_for_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """One number: what the clock says."""
+    moment = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: moment[0])
+    return moment
+
+
+def beside_an_urgent_one() -> tuple[list[Any], Scheduler, Deferral]:
+    """Request 1 is urgent and 0 isn't; nobody has stood back yet, and may for five seconds."""
     made = [make_request(0, 0, True), make_request(1, -1, True)]
     scheduler, deferral = Scheduler(made), Deferral(limit_s=5)
     deferral.saw(made[1])  # type: ignore[arg-type]
+    return made, scheduler, deferral
+
+
+def test_nobody_stands_back_for_longer_than_the_limit(now: list[float]) -> None:
+    _, scheduler, deferral = beside_an_urgent_one()
     deferral.update(scheduler)
     assert scheduler.schedulable() == [1]
     now[0] = 105.1
@@ -96,9 +108,7 @@ def test_nobody_stands_back_for_longer_than_the_limit(monkeypatch: pytest.Monkey
 
 
 def test_who_was_aborted_meanwhile_does_not_come_back() -> None:
-    made = [make_request(0, 0, True), make_request(1, -1, True)]
-    scheduler, deferral = Scheduler(made), Deferral(limit_s=5)
-    deferral.saw(made[1])  # type: ignore[arg-type]
+    made, scheduler, deferral = beside_an_urgent_one()
     deferral.update(scheduler)
     made[0].status = RequestStatus.FINISHED_ABORTED
     deferral.put_back(scheduler)
@@ -135,12 +145,8 @@ def test_urgent_ones_that_keep_coming_leave_the_others_about_half_of_the_time(tu
     assert 0 in scheduler.schedulable()
 
 
-def test_after_a_quiet_while_the_whole_limit_holds_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    made = [make_request(0, 0, True), make_request(1, -1, True)]
-    scheduler, deferral = Scheduler(made), Deferral(limit_s=5)
-    deferral.saw(made[1])  # type: ignore[arg-type]
+def test_after_a_quiet_while_the_whole_limit_holds_again(now: list[float]) -> None:
+    made, scheduler, deferral = beside_an_urgent_one()
     for moment in (100.0, 105.1):
         now[0] = moment
         deferral.update(scheduler)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.config import VllmConfig
 
-from tests.support.checkpoints import make_checkpoint
-from tests.support.stepping import SteppedServer, make_config, make_request
+from tests.support.stepping import FOUR_ENGINE_LAYOUTS, SteppedServer, make_request
 from vllm_flying.core.migration import KVMove
 
-LAYOUTS = [
-    [(0,), (1,), (2,), (3,)], [(0, 1), (2,), (3,)], [(0, 1), (2, 3)], [(0,), (1,), (2, 3)], [(0, 1, 2, 3)],
-]  # fmt: skip
 PAGES = 12
-
-
-@pytest.fixture(scope="module")
-def config(checkpoints: Path) -> VllmConfig:
-    return make_config(make_checkpoint("llama", checkpoints), num_engines=4)
 
 
 class WatchedServer(SteppedServer):
@@ -56,24 +46,24 @@ class WatchedServer(SteppedServer):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_pages_that_are_read_are_never_written(config: VllmConfig, seed: int) -> None:
+def test_pages_that_are_read_are_never_written(four_engines: VllmConfig, seed: int) -> None:
     choose = random.Random(seed)
-    server = WatchedServer(config, 4, PAGES)
+    server = WatchedServer(four_engines, 4, PAGES)
     for number in range(8):
         for letters in choose.sample(("abc", "acb", "bac"), choose.randint(0, 2)):
             leader = choose.choice(server.layout.groups)[0]
             name = f"{letters}{number}"  # of equal characters: of equal prompts
             server.send(leader, make_request(name, choose.randint(1, 90), choose.randint(2, 60)))
         server.step(choose.randint(0, 3))
-        server.switch(choose.choice(LAYOUTS))
-    server.switch(LAYOUTS[0])
+        server.switch(choose.choice(FOUR_ENGINE_LAYOUTS))
+    server.switch(FOUR_ENGINE_LAYOUTS[0])
     server.step(80)
 
 
-def test_such_servers_do_move_requests(config: VllmConfig) -> None:
-    server = WatchedServer(config, 4, PAGES)
+def test_such_servers_do_move_requests(four_engines: VllmConfig) -> None:
+    server = WatchedServer(four_engines, 4, PAGES)
     server.send(0, make_request("r", 60, 50))
     server.step(2)
-    for layout in (LAYOUTS[1], LAYOUTS[4], LAYOUTS[0]):
+    for layout in (FOUR_ENGINE_LAYOUTS[1], FOUR_ENGINE_LAYOUTS[4], FOUR_ENGINE_LAYOUTS[0]):
         server.switch(layout)
     assert server.transfers == 1 + 1 + 4, "one per group that forms"

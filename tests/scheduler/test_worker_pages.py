@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 from vllm.config import VllmConfig
 
-from tests.support.checkpoints import make_checkpoint
-from tests.support.stepping import SteppedServer, make_config, make_request
+from tests.support.stepping import FOUR_ENGINE_LAYOUTS, SteppedServer, make_request
 
-LAYOUTS = [
-    [(0,), (1,), (2,), (3,)], [(0, 1), (2,), (3,)], [(0, 1), (2, 3)], [(0,), (1,), (2, 3)], [(0, 1, 2, 3)],
-]  # fmt: skip
 PAGES = 12
-
-
-@pytest.fixture(scope="module")
-def config(checkpoints: Path) -> VllmConfig:
-    return make_config(make_checkpoint("llama", checkpoints), num_engines=4)
 
 
 def check(server: SteppedServer) -> int:
@@ -36,14 +26,14 @@ def check(server: SteppedServer) -> int:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_workers_back_what_is_lent_and_nothing_else(config: VllmConfig, seed: int) -> None:
+def test_workers_back_what_is_lent_and_nothing_else(four_engines: VllmConfig, seed: int) -> None:
     choose = random.Random(seed)
-    server, lent = SteppedServer(config, 4, PAGES), 0
+    server, lent = SteppedServer(four_engines, 4, PAGES), 0
     for number in range(12):
         for each in range(choose.randint(0, 3)):
             leader = choose.choice(server.layout.groups)[0]
             server.send(leader, make_request(f"{number}.{each}", choose.randint(1, 90), choose.randint(2, 60)))
         server.step(choose.randint(0, 3))
-        server.switch(choose.choice(LAYOUTS), choose.choice(["migrate", "migrate", "pause"]))
+        server.switch(choose.choice(FOUR_ENGINE_LAYOUTS), choose.choice(["migrate", "migrate", "pause"]))
         lent += check(server)
     assert lent

@@ -30,6 +30,9 @@ from vllm_flying.worker.pages import PageMap
 
 PAGE_TOKENS = 16
 MAX_MODEL_LEN = 2048
+FOUR_ENGINE_LAYOUTS = [
+    [(0,), (1,), (2,), (3,)], [(0, 1), (2,), (3,)], [(0, 1), (2, 3)], [(0,), (1,), (2, 3)], [(0, 1, 2, 3)],
+]  # fmt: skip
 
 
 def make_config(model: Path, num_engines: int) -> VllmConfig:
