@@ -15,7 +15,7 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-from bench.models import VOCABULARY, llama
+from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import bench_server
 from bench.stock_client import closed_loop
@@ -53,11 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="runs of every shape on every server")
     parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype for all servers")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 128256 is Llama 3's")
+    add_model_options(parser)
     arguments = parser.parse_args()
-    model, dtype = llama(arguments.layers, arguments.hidden, arguments.vocabulary), ("--dtype", arguments.dtype)
+    model, dtype = model_of(arguments), ("--dtype", arguments.dtype)
     samples: Samples = {}
     with ExitStack() as stack:
         flying = stack.enter_context(bench_server(model, *dtype, flying=True))

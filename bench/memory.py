@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.models import llama
+from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import bench_server
 from tests.support.server import Server
@@ -18,11 +18,10 @@ MB = 1e6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
+    add_model_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    model, dtype = llama(arguments.layers, arguments.hidden), ("--dtype", arguments.dtype)
+    model, dtype = model_of(arguments), ("--dtype", arguments.dtype)
     processes: dict[str, float] = {}
     with bench_server(model, *dtype, flying=False) as server:
         processes["stock DP=2"] = proportional_bytes(server)

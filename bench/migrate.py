@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench.client import prompts
-from bench.models import llama
+from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import bench_server
 from tests.support.background import Background
@@ -34,12 +34,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="prompt tokens per request")
     parser.add_argument("--requests", type=int, default=6)
     parser.add_argument("--switches", type=int, default=8, help="per prompt length; an even number")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
+    add_model_options(parser)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # vLLM's routes for calls to workers and for resetting prefixes
-    model = llama(arguments.layers, arguments.hidden)
+    model = model_of(arguments)
     rows, data = [], {}
     with bench_server(model, "--dtype", arguments.dtype, flying=True, environment=environment) as server:
         for tokens in arguments.tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +13,18 @@ VOCABULARY = 32000
 def llama_150m() -> Path:
     """About 150M parameters, so that layers dominate overheads on two cores."""
     return llama(layers=8, hidden=1024)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `model_of` takes."""
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 128256 is Llama 3's")
+
+
+def model_of(arguments: argparse.Namespace) -> Path:
+    """The model that these options ask for."""
+    return llama(arguments.layers, arguments.hidden, arguments.vocabulary)
 
 
 def llama(layers: int, hidden: int, vocabulary: int = VOCABULARY) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from bench.client import Timing, complete, prompts
-from bench.models import llama
+from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import bench_server
 from bench.switch import Clients
@@ -26,12 +26,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="usual requests in flight")
     parser.add_argument("--shape", type=int, nargs=2, default=(256, 32), metavar=("IN", "OUT"), help="urgent ones'")
     parser.add_argument("--every", type=float, default=6.0, help="seconds between urgent requests")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
+    add_model_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     settings = {"policy": "priority", "manual_hold_s": 3600.0}
-    model = llama(arguments.layers, arguments.hidden)
+    model = model_of(arguments)
     cases: dict[str, list[Timing]] = {}
     throughput: dict[str, float] = {}
     with bench_server(model, "--dtype", arguments.dtype, flying=True, settings=settings) as server:

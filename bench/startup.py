@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
-from bench.models import llama
+from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import bench_server
 
@@ -19,11 +19,10 @@ SERVERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
+    add_model_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    model = llama(arguments.layers, arguments.hidden)
+    model = model_of(arguments)
     seconds: dict[str, list[float]] = {name: [] for name in SERVERS}
     for turn in range(arguments.turns):
         for name, options in SERVERS.items():

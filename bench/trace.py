@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.arrivals import Arrival, Phase, poisson, window
 from bench.figures import Objectives, line, table
-from bench.models import VOCABULARY, llama
+from bench.models import add_model_options, model_of
 from bench.plots import plot_timeline
 from bench.recorded import read
 from bench.replay import Replay, replay
@@ -28,7 +28,7 @@ from tests.support.server import Server
 
 def main() -> None:
     arguments = _options()
-    model = llama(arguments.layers, arguments.hidden, arguments.vocabulary)
+    model = model_of(arguments)
     # Rounded up: hash ids then cover every prompt, which the client would cut short otherwise.
     chunk_tokens = math.ceil(arguments.timed_trace_chunk_hash_size * arguments.length_scale)
     recorded = read(arguments.trace, arguments.timed_trace_sec_multiplier) if arguments.trace else []
@@ -87,9 +87,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--objectives", type=float, nargs=2, default=(2000, 250), metavar=("TTFT", "TPOT"), help="ms, for the goodput"
     )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 128256 is Llama 3's")
+    add_model_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
     parser.add_argument("--seed", type=int, default=1)
