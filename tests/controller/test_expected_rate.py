@@ -9,6 +9,7 @@ import pytest
 
 from tests.controller.test_recorded import sequence
 from vllm_flying.controller.observation import RateTracker, Totals
+from vllm_flying.controller.policies import load
 
 LOOK_S = 0.25
 
@@ -44,3 +45,8 @@ def test_chance_is_hardly_ever_taken_for_a_burst() -> None:
 
 def test_fewer_arrivals_are_no_trend_to_go_by() -> None:
     assert all(expected == rate for time, rate, expected in looks([(60, 8.0), (10, 0.5)], seed=2) if time > 61.0)
+
+
+def test_a_decision_says_which_rate_it_reckons_with() -> None:
+    reasons = {round(each.time, 1): plan.reason for each in sequence("load") if (plan := load(each))}
+    assert "1.4/s arriving, 2.6 expected " in reasons[8.5] and "/s arriving one takes" in reasons[22.5]

@@ -8,7 +8,7 @@ from vllm.v1.request import Request
 from tests.support.stepping import SteppedServer, make_request
 from vllm_flying.core.transaction import Phase
 from vllm_flying.frontend.record import switch_record
-from vllm_flying.scheduler.agent import SwitchRefused
+from vllm_flying.scheduler.errors import SwitchRefused
 
 DP, TP = [(0,), (1,)], [(0, 1)]
 PAGES = 10
@@ -23,7 +23,7 @@ def begin(server: SteppedServer, name: str, engine: int, max_tokens: int) -> Req
 
 
 def states(server: SteppedServer) -> list[str]:
-    return [str(engine.agent.status()["state"]) for engine in server.engines]
+    return [str(engine.agent.handle("status", {})["state"]) for engine in server.engines]
 
 
 def test_a_request_begins_on_the_free_engine_and_its_kv_moves_at_the_merge(server: SteppedServer) -> None:

@@ -150,7 +150,7 @@ def test_a_fresh_request_that_no_engine_holds_waits_aside_for_a_wider_group(serv
         server.send(engine, make_request(f"short {engine}", 20, 3))
     server.step(80)
     assert server.finished == {"chat": "length", "short 0": "length", "short 1": "length"}
-    statuses = [engine.agent.status() for engine in server.engines]
+    statuses = [engine.agent.handle("status", {}) for engine in server.engines]
     assert sum(status["waiting"] for status in statuses) == 1
     assert max(status["largest_request"] for status in statuses) == 220, "a policy that looks after it merges"
     server.switch(TP)

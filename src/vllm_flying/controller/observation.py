@@ -99,11 +99,15 @@ class Observation:
         return sum(group.running + group.waiting + group.paused for group in self.groups)
 
     @property
-    def expected_rate(self) -> float:
-        """Requests per second to reckon with: where arrivals rise by more than chance explains, they go on rising."""
+    def expects_rise(self) -> bool:
+        """Whether arrivals rise by more than chance explains."""
         before = max(0.0, self.arrival_rate - self.arrival_trend)
-        deviation = math.sqrt(max(before, RAREST) / (2 * MEMORY_S))
-        return self.arrival_rate + (self.arrival_trend if self.arrival_trend > BEYOND_CHANCE * deviation else 0.0)
+        return self.arrival_trend > BEYOND_CHANCE * math.sqrt(max(before, RAREST) / (2 * MEMORY_S))
+
+    @property
+    def expected_rate(self) -> float:
+        """Requests per second to reckon with: where arrivals rise beyond chance, they go on rising."""
+        return self.arrival_rate + (self.arrival_trend if self.expects_rise else 0.0)
 
     @property
     def load(self) -> Load:

@@ -56,13 +56,18 @@ def load(observation: Observation) -> Plan | None:
     best, layout = min(meeting or known, key=lambda pair: (pair[0].total_s, -len(pair[1].groups)))
     if layout == observation.layout:
         return None
-    reason = f"with {observation.unfinished} requests and {observation.arrival_rate:.1f}/s arriving "
+    reason = f"with {observation.unfinished} requests and {_arrivals(observation)} "
     missed = now.missed(targets) if meeting else 0.0
     if missed:
         reason += f"{_times_beside_targets(now, best, targets)} as it is and in {layout.to_lists()}"
     else:
         reason += f"one takes {best.total_s:.2f} s in {layout.to_lists()}, {now.total_s:.2f} s as it is"
     return Plan(layout, "load", reason, gain_s=now.total_s - best.total_s, missed=missed)
+
+
+def _arrivals(observation: Observation) -> str:
+    expected = f", {observation.expected_rate:.1f} expected" if observation.expects_rise else ""
+    return f"{observation.arrival_rate:.1f}/s arriving{expected}"
 
 
 def _times_beside_targets(now: Response, best: Response, targets: Targets) -> str:

@@ -22,21 +22,17 @@ from vllm_flying.core.topology import Group
 from vllm_flying.scheduler import departures, registry
 from vllm_flying.scheduler.arrivals import Arrivals
 from vllm_flying.scheduler.drain import Drain, Finished
+from vllm_flying.scheduler.errors import SwitchRefused
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_requests, unpack_requests
-from vllm_flying.scheduler.limits import kv_tokens_needed
-from vllm_flying.scheduler.needs import unfinished_needs
+from vllm_flying.scheduler.limits import kv_tokens_needed, page_tokens
+from vllm_flying.scheduler.reports import EngineReports, WorkerCall
 from vllm_flying.settings import Settings
 
 logger = init_logger("vllm.flying.engine")
 
-WorkerCall = Callable[..., Any]
 Proof = list[dict[str, Any]]
 """What the workers of a group say they are."""
-
-
-class SwitchRefused(RuntimeError):
-    """This engine can't do its part; nothing was changed here."""
 
 
 class EngineAgent:
@@ -57,7 +53,7 @@ class EngineAgent:
         self._finishing = 0
         self._hold_prefixes: Callable[[], int] = lambda: 0
         self._arrivals: Arrivals | None = None
-        self._probes: dict[int, list[tuple[int, float]]] | None = None
+        self._reports = EngineReports(self, call_workers)
         registry.register_agent(vllm_config, self)
 
     @property
@@ -102,7 +98,7 @@ class EngineAgent:
     def handle(self, operation: str, arguments: dict[str, Any]) -> Any:
         """Run one operation by name; its result is made of plain values, or is a Future of that."""
         operations: dict[str, Callable[..., Any]] = {
-            "status": self.status,
+            "status": self._reports.status,
             "drain": self.drain,
             "prepare": self.prepare,
             "move": self.move,
@@ -115,74 +111,17 @@ class EngineAgent:
             "cancel": self.cancel,
             "adopt": self.adopt,
             "collect": self.collect,
-            "probe": self.probe,
-            "memory": self.memory,
+            "probe": self._reports.probe,
+            "memory": self._reports.memory,
         }
         if operation not in operations:
             raise SwitchRefused(f"unknown operation {operation!r}; known: {sorted(operations)}")
         return operations[operation](**arguments)
 
-    # ---- looking --------------------------------------------------------------------------------------------------
-
-    def status(self) -> dict[str, Any]:
-        """What this engine does now."""
-        facade = self.facade
-        width = facade.active_width
-        running, waiting = facade.active.get_request_counts()
-        pool = facade.pools[width]
-        return {
-            "engine": self.engine,
-            "epoch": self.epoch,
-            "group": list(self.group),
-            "state": self._state(),
-            "running": 0 if facade.parked else running,
-            "waiting": (0 if facade.parked else waiting) + len(facade.held) + len(facade.deferral),
-            "paused": facade.num_paused,
-            "kv_tokens_capacity": pool.num_owned * self._page_tokens(width),
-            "kv_tokens_used": pool.num_used * self._page_tokens(width),
-            "pages": {str(w): {"owned": p.num_owned, "used": p.num_used} for w, p in facade.pools.items()},
-            "scheduled_tokens": facade.scheduled_tokens,
-            "max_running": facade.active.max_num_running_reqs,
-            "kv_tokens_per_engine": (facade.kv_cache_config.num_blocks - 1) * self._page_tokens(1),
-            **unfinished_needs(facade),
-            **facade.meter.report(),
-            "probes": self._probes_by_name(),
-        }
-
-    def probe(self) -> dict[str, list[list[float]]]:
-        """What forward passes cost in each layout, as the workers measured at start; seeds the cost model once."""
-        if self._probes is None:
-            self._probes = self._call_workers("flying_probes")[0]
-            for width, probes in self._probes.items():
-                self.facade.meter.costs[width].seed(probes)
-        return self._probes_by_name()
-
-    def _probes_by_name(self) -> dict[str, list[list[float]]]:
-        return {str(width): [list(probe) for probe in probes] for width, probes in (self._probes or {}).items()}
-
     @property
-    def _switching(self) -> int | None:
+    def switching(self) -> int | None:
         """The epoch for which this engine is at rest, comes to rest or drains."""
         return self._drain.under_way if self._preparing is None and self._drain is not None else self._preparing
-
-    def _state(self) -> str:
-        if self._switching is not None:
-            return "switching"
-        if self.facade.parked:
-            return "parked"
-        return "leading" if len(self.group) > 1 else "serving"
-
-    def _page_tokens(self, width: int) -> int:
-        return int(self.facade.schedulers[width].block_size)
-
-    def memory(self) -> list[dict[str, Any]]:
-        """What each worker holds; not from a parked engine, whose workers are busy following."""
-        if self.facade.parked:
-            raise SwitchRefused(f"engine {self.engine} is parked in group {list(self.group)}; ask after a split")
-        report: list[dict[str, Any]] = self._call_workers("flying_memory")
-        for worker in report:
-            worker["kv"] = {str(width): value for width, value in worker["kv"].items()}
-        return report
 
     # ---- a switch, step by step -----------------------------------------------------------------------------------
 
@@ -193,8 +132,8 @@ class EngineAgent:
         return self._drain.begin()
 
     def _check_unprepared(self, epoch: int) -> None:
-        if self._switching is not None:
-            raise SwitchRefused(f"engine {self.engine} is being switched already (epoch {self._switching})")
+        if self.switching is not None:
+            raise SwitchRefused(f"engine {self.engine} is being switched already (epoch {self.switching})")
         if epoch <= self.epoch:
             raise SwitchRefused(f"engine {self.engine} is at epoch {self.epoch}; epoch {epoch} is over")
 
@@ -249,7 +188,7 @@ class EngineAgent:
             "paused_widths": departures.paused_widths(facade),
             "prefix_pages": prefix_pages,
             "kept": departures.kept(facade),
-            "page_tokens": self._page_tokens(ALONE),
+            "page_tokens": page_tokens(self.facade, ALONE),
         }
 
     def move(
@@ -274,9 +213,9 @@ class EngineAgent:
             proof = self.prove()
         pool = self.facade.pools[self.facade.active_width]
         return {
-            "free_tokens": pool.num_free * self._page_tokens(self.facade.active_width),
-            "capacity_tokens": (self._num_pages - 1) * self._page_tokens(self.facade.active_width),
-            "page_tokens": self._page_tokens(self.facade.active_width),
+            "free_tokens": pool.num_free * page_tokens(self.facade, self.facade.active_width),
+            "capacity_tokens": (self._num_pages - 1) * page_tokens(self.facade, self.facade.active_width),
+            "page_tokens": page_tokens(self.facade, self.facade.active_width),
             "prefill_s": self.facade.meter.costs[self.facade.active_width].prompt_token_s,
             "offers": offers,
             "prefixes": self.facade.prefixes.offers(self.engine) if offering else [],
@@ -291,7 +230,7 @@ class EngineAgent:
 
     def _kv_tokens(self) -> int:
         width = self.facade.active_width
-        return int(self.facade.pools[width].num_owned * self._page_tokens(width))
+        return int(self.facade.pools[width].num_owned * page_tokens(self.facade, width))
 
     def _offers(self, group: Group) -> tuple[list[dict[str, Any]], int]:
         """The begun requests that the new layout doesn't run, and how many more of them can't move."""
@@ -412,7 +351,7 @@ class EngineAgent:
         self._confirm_prefixes(intact)
         self._take_reclaimed(returned or {})
         lent = self._lend(extend) if extend else None
-        self.facade.resize(self._kv_tokens() + extend * self._page_tokens(self.facade.active_width))
+        self.facade.resize(self._kv_tokens() + extend * page_tokens(self.facade, self.facade.active_width))
         dropped = self.arrivals.commit(gone or [])
         self.facade.prefixes.commit()
         if dropped:

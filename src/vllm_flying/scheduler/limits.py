@@ -1,4 +1,4 @@
-"""The lengths of vLLM's requests, by the rule of `core.lengths`.
+"""The lengths of vLLM's requests, by the rule of `core.lengths`, and of pages.
 
 May import vllm's types. `SamplingParams.max_tokens` stays what the client asked for; `Request.max_tokens`, at which vLLM's
 scheduler ends a request, is what its present group grants.
@@ -33,3 +33,8 @@ def grant_more(request: Any, kv_tokens: int) -> None:
 
 def _asked(request: Any) -> tuple[int, int]:
     return request.num_prompt_tokens, request.sampling_params.max_tokens
+
+
+def page_tokens(facade: Any, width: int) -> int:
+    """KV tokens in a page of a layout of that width; a page has the same bytes in all."""
+    return int(facade.schedulers[width].block_size)

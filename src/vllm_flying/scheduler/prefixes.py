@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 
 from vllm_flying.core.prefixes import FREE_SHARE, HitPrefix, HitPrefixes, MoveBounds, worth_moving
 from vllm_flying.core.pricing import MoveRates
+from vllm_flying.scheduler.limits import page_tokens
 
 if TYPE_CHECKING:
     from vllm_flying.scheduler.facade import FlyingScheduler
@@ -54,7 +55,7 @@ class CachedPrefixes:
             if request.mm_features or request.lora_request or request.prompt_token_ids is None:
                 continue
             if request.prompt_embeds is None:
-                hashes = request.block_hashes[: length // self._page_tokens(width)]
+                hashes = request.block_hashes[: length // page_tokens(self._facade, width)]
                 self._hit[width].hit(time.monotonic(), request.prompt_token_ids, length, request.cache_salt, hashes)
 
     def hold(self, target_width: int, rates: MoveRates, page_bytes: int) -> int:
@@ -73,7 +74,7 @@ class CachedPrefixes:
         bounds = MoveBounds(
             most_pages=free // FREE_SHARE,
             most_bytes=self._most_bytes,
-            page_tokens=self._page_tokens(width),
+            page_tokens=page_tokens(self._facade, width),
             page_bytes=page_bytes * width,
             travelling=1 - min(width, target_width) / wide,
             rates=rates,
@@ -100,7 +101,7 @@ class CachedPrefixes:
             return []
         offers = []
         for index, (prefix, blocks) in enumerate(self._held):
-            tokens = np.asarray(prefix.tokens[: len(blocks) * self._page_tokens(width)], dtype=np.int32)
+            tokens = np.asarray(prefix.tokens[: len(blocks) * page_tokens(self._facade, width)], dtype=np.int32)
             travelling = {"name": f"prefix {engine}.{index}", "tokens": tokens.tobytes(), "salt": prefix.salt}
             pages = [block.block_id for block in blocks]
             offers.append({"width": width, "pages": pages, "hits": prefix.hits, "prefix": travelling})
@@ -120,16 +121,16 @@ class CachedPrefixes:
         Returns for each its tokens, its pages, and the kernel blocks that must be copied into them.
         """
         facade, width = self._facade, self._facade.active_width
-        page_tokens, manager = self._page_tokens(width), facade.active.kv_cache_manager
+        page_size, manager = page_tokens(self._facade, width), facade.active.kv_cache_manager
         left = 0 if self._was_reset else facade.pools[width].num_free // FREE_SHARE
         admitted = {}
         for prefix in prefixes:
             tokens = np.frombuffer(prefix["tokens"], dtype=np.int32).tolist()
-            length = len(tokens) // page_tokens * page_tokens
+            length = len(tokens) // page_size * page_size
             request = _as_request(prefix["name"], [*tokens[:length], ANY_TOKEN], prefix["salt"])
             facade.rehash(request, width)
             hit_blocks, hit, _ = manager.get_computed_blocks(request)
-            pages = (length - hit) // page_tokens
+            pages = (length - hit) // page_size
             if not 0 < pages <= left:
                 continue
             found = hit_blocks if hit else None
@@ -178,9 +179,6 @@ class CachedPrefixes:
 
     def _pool(self, width: int) -> Any:
         return self._facade.schedulers[width].kv_cache_manager.block_pool
-
-    def _page_tokens(self, width: int) -> int:
-        return int(self._facade.schedulers[width].block_size)
 
 
 def _as_request(name: str, tokens: list[int], salt: str | None) -> Request:

@@ -27,7 +27,7 @@ def test_probes_are_in_the_status_and_seed_the_costs_once() -> None:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0))
     agent = EngineAgent(config, Settings(num_engines=2), workers)
     registry.register(config, facade)
-    assert agent.status()["probes"] == {} and agent.status()["costs"] == {}
+    assert agent.handle("status", {})["probes"] == {} and agent.handle("status", {})["costs"] == {}
     probes = {"1": [[1, 0.02], [32, 0.03]]}
-    assert agent.probe() == agent.probe() == probes and asked == ["flying_probes"]
-    assert agent.status()["probes"] == probes and agent.status()["costs"]["1"][3] == 0
+    assert agent.handle("probe", {}) == agent.handle("probe", {}) == probes and asked == ["flying_probes"]
+    assert agent.handle("status", {})["probes"] == probes and agent.handle("status", {})["costs"]["1"][3] == 0
