@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 from bench.stock_client import closed_loop
 from tests.support.server import Server
 
@@ -52,15 +52,15 @@ Samples = dict[tuple[str, str, str], list[dict[str, Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="runs of every shape on every server")
-    parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype for all servers")
+    add_server_options(parser)
     add_model_options(parser)
     arguments = parser.parse_args()
-    model, dtype = model_of(arguments), ("--dtype", arguments.dtype)
+    model, flags = model_of(arguments), server_flags(arguments)
     samples: Samples = {}
     with ExitStack() as stack:
-        flying = stack.enter_context(bench_server(model, *dtype, flying=True))
+        flying = stack.enter_context(bench_server(model, *flags, flying=True))
         stock = {
-            layout: stack.enter_context(bench_server(model, *dtype, flying=False, **options))
+            layout: stack.enter_context(bench_server(model, *flags, flying=False, **options))
             for layout, options in STOCK.items()
         }
         for repeat, (layout, groups) in product(range(arguments.repeats), LAYOUTS.items()):

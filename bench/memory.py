@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
 
 MB = 1e6
@@ -19,13 +19,13 @@ MB = 1e6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_model_options(parser)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_server_options(parser)
     arguments = parser.parse_args()
-    model, dtype = model_of(arguments), ("--dtype", arguments.dtype)
+    model, flags = model_of(arguments), server_flags(arguments)
     processes: dict[str, float] = {}
-    with bench_server(model, *dtype, flying=False) as server:
+    with bench_server(model, *flags, flying=False) as server:
         processes["stock DP=2"] = proportional_bytes(server)
-    with bench_server(model, *dtype, flying=True) as server:
+    with bench_server(model, *flags, flying=True) as server:
         processes["flying, 2 engines, widths 1 and 2"] = proportional_bytes(server)
         workers: list[list[dict[str, Any]]] = server.client.get("/plugins/flying/memory").json()["workers"]
         tokens = {}

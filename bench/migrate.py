@@ -12,7 +12,7 @@ from typing import Any
 from bench.client import prompts
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 from tests.support.background import Background
 from tests.support.server import Server
 
@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=6)
     parser.add_argument("--switches", type=int, default=8, help="per prompt length; an even number")
     add_model_options(parser)
-    parser.add_argument("--dtype", default="float32")
+    add_server_options(parser, "float32")
     arguments = parser.parse_args()
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # vLLM's routes for calls to workers and for resetting prefixes
     model = model_of(arguments)
     rows, data = [], {}
-    with bench_server(model, "--dtype", arguments.dtype, flying=True, environment=environment) as server:
+    with bench_server(model, *server_flags(arguments), flying=True, environment=environment) as server:
         for tokens in arguments.tokens:
             records, gaps = measure(server, arguments.requests, tokens, arguments.switches)
             moved = median(record["kv"]["bytes"] for record in records)

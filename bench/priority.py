@@ -13,7 +13,7 @@ import httpx
 from bench.client import Timing, complete, prompts
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 from bench.switch import Clients
 from tests.support.server import Server
 
@@ -27,18 +27,18 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(256, 32), metavar=("IN", "OUT"), help="urgent ones'")
     parser.add_argument("--every", type=float, default=6.0, help="seconds between urgent requests")
     add_model_options(parser)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_server_options(parser)
     arguments = parser.parse_args()
     settings = {"policy": "priority", "manual_hold_s": 3600.0}
     model = model_of(arguments)
     cases: dict[str, list[Timing]] = {}
     throughput: dict[str, float] = {}
-    with bench_server(model, "--dtype", arguments.dtype, flying=True, settings=settings) as server:
+    with bench_server(model, *server_flags(arguments), flying=True, settings=settings) as server:
         server.switch(TP)
         cases["alone, wide group"] = asyncio.run(send(server, arguments, 0.5, seed=1))
         server.switch(DP)
     settings["manual_hold_s"] = 0.0
-    with bench_server(model, "--dtype", arguments.dtype, flying=True, settings=settings) as server:
+    with bench_server(model, *server_flags(arguments), flying=True, settings=settings) as server:
         for name, options in (("usual", {}), ("urgent", {"priority": -1})):
             with Clients(server, arguments.requests) as clients:
                 started = time.perf_counter()

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests.support.server import Server
+
+
+def add_server_options(parser: argparse.ArgumentParser, dtype: str = "bfloat16") -> None:
+    """What `server_flags` takes."""
+    parser.add_argument("--dtype", default=dtype, help="vLLM's --dtype for all servers")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile as vLLM does by default, not eager")
+
+
+def server_flags(arguments: argparse.Namespace) -> list[str]:
+    """Of every server, stock and flying."""
+    return ["--dtype", arguments.dtype, "--no-enforce-eager" if arguments.compiled else "--enforce-eager"]
 
 
 def bench_server(

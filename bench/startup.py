@@ -7,7 +7,7 @@ from statistics import median
 
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 
 SERVERS = {
     "stock DP=2": {"flying": False},
@@ -20,13 +20,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     add_model_options(parser)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_server_options(parser)
     arguments = parser.parse_args()
     model = model_of(arguments)
     seconds: dict[str, list[float]] = {name: [] for name in SERVERS}
     for turn in range(arguments.turns):
         for name, options in SERVERS.items():
-            with bench_server(model, "--dtype", arguments.dtype, **options) as server:  # type: ignore[arg-type]
+            with bench_server(model, *server_flags(arguments), **options) as server:  # type: ignore[arg-type]
                 seconds[name].append(server.start_seconds)
             print(f"turn {turn + 1} of {arguments.turns}, {name}: {seconds[name][-1]:.1f} s", flush=True)
     stock = median(seconds["stock DP=2"])

@@ -16,7 +16,7 @@ import httpx
 from bench.client import Timing, complete, prompts
 from bench.models import llama_150m
 from bench.report import markdown, stolen_seconds, write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
 
 DP, TP = [[0], [1]], [[0, 1]]
@@ -69,9 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="merges, and as many splits, per case")
     parser.add_argument("--requests", type=int, default=8, help="requests in flight in the loaded case")
-    parser.add_argument("--dtype", default="bfloat16")
+    add_server_options(parser)
     arguments = parser.parse_args()
-    with bench_server(llama_150m(), "--dtype", arguments.dtype, flying=True) as server:
+    with bench_server(llama_150m(), *server_flags(arguments), flying=True) as server:
         print(f"Server up after {server.start_seconds:.0f} s.", flush=True)
         idle = measure(server, arguments.repeats, "pause", IDLE_S)
         in_a_row = measure(server, arguments.repeats, "pause", 0.05)

@@ -22,7 +22,7 @@ from bench.plots import plot_timeline
 from bench.recorded import read
 from bench.replay import Replay, replay
 from bench.report import write
-from bench.server import bench_server
+from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     with ExitStack() as stack:
         up: dict[str, Server] = {}
         for name in arguments.only:
-            server = bench_server(model, "--dtype", arguments.dtype, **servers[name])  # type: ignore[arg-type]
+            server = bench_server(model, *server_flags(arguments), **servers[name])  # type: ignore[arg-type]
             up[name] = stack.enter_context(server)
             print(f"== {name}: up after {server.start_seconds:.0f} s", flush=True)
         for turn in range(arguments.turns):
@@ -88,7 +88,7 @@ def _options() -> argparse.Namespace:
         "--objectives", type=float, nargs=2, default=(2000, 250), metavar=("TTFT", "TPOT"), help="ms, for the goodput"
     )
     add_model_options(parser)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_server_options(parser)
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3, help="of every server")
