@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Arrival:
     output_tokens: int
     phase: str = "all"
     hash_ids: tuple[int, ...] = ()
+    priority: int = 0
+    """vLLM's: below 0 is urgent."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,18 @@ def window(
             output_tokens = max(2, int(arrival.output_tokens * output_scale))
             arrivals.append(Arrival(offset * time_scale, prompt_tokens, output_tokens, hash_ids=arrival.hash_ids))
     return arrivals
+
+
+def mixed(
+    arrivals: Sequence[Arrival], urgent_share: float, long_share: float, long: tuple[int, int], seed: int
+) -> list[Arrival]:
+    """Some of the arrivals, by chance, urgent, or with `long` prompts and outputs in tokens; tables have them apart."""
+    source, result = random.Random(seed), []
+    for arrival in arrivals:
+        chance = source.random()
+        if chance < urgent_share:
+            arrival = replace(arrival, phase="urgent", priority=-1)
+        elif chance < urgent_share + long_share:
+            arrival = replace(arrival, phase="long", prompt_tokens=long[0], output_tokens=long[1], hash_ids=())
+        result.append(arrival)
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, quantiles
@@ -36,7 +37,8 @@ def table(results: Mapping[str, Sequence[Replay]], objectives: Objectives) -> st
         for quantity in figures(first, phase, objectives):
             values = {name: median(row[quantity] for row in turns) for name, turns in by_name.items()}
             static = [value for name, value in values.items() if name != "auto"] or list(values.values())
-            best = max(static) if quantity in MORE_IS_BETTER else min(static)
+            known = [value for value in static if not math.isnan(value)] or [math.nan]
+            best = max(known) if quantity in MORE_IS_BETTER else min(known)
             cells = (f"{value:.3g} ({value / best:.2f})" if best else f"{value:.3g}" for value in values.values())
             rows.append([phase, quantity, *cells])
     return markdown(["phase", "quantity", *results], rows)
@@ -44,17 +46,21 @@ def table(results: Mapping[str, Sequence[Replay]], objectives: Objectives) -> st
 
 def line(replay: Replay) -> str:
     """The whole of a replay in short."""
-    served = [request for _, request in replay.requests]
+    served = [request for _, request in replay.requests if not request.error]
     ttft, tpot = (1e3 * mean(getattr(request, quantity) for request in served) for quantity in QUANTITIES)
     return f"mean TTFT {ttft:.0f} ms, mean TPOT {tpot:.0f} ms, {_per_second(served, _output_tokens):.1f} tokens/s"
 
 
 def figures(replay: Replay, phase: str, objectives: Objectives) -> Row:
-    """What a user of this phase saw; the time in the queue is known of the whole run only."""
-    chosen = [served for arrival, served in replay.requests if phase in ("all", arrival.phase)]
-    row: Row = {}
+    """What a user of this phase saw; the time in the queue is known of the whole run only.
+
+    Requests that failed count as such and nowhere else; without any other, figures are not a number.
+    """
+    of_phase = [served for arrival, served in replay.requests if phase in ("all", arrival.phase)]
+    chosen = [served for served in of_phase if not served.error]
+    row: Row = {"failed": len(of_phase) - len(chosen)}
     for quantity in QUANTITIES:
-        values = [1e3 * getattr(served, quantity) for served in chosen]
+        values = [1e3 * getattr(served, quantity) for served in chosen] or [math.nan]
         cuts = quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
         row |= {
             f"mean {quantity} ms": mean(values),
@@ -75,5 +81,7 @@ def _output_tokens(served: ServedRequest) -> float:
 
 def _per_second(served: Sequence[ServedRequest], quantity: Callable[[ServedRequest], float]) -> float:
     """From the first request's start to the last one's end."""
+    if not served:
+        return 0.0
     span = max(request.end for request in served) - min(request.start for request in served)
     return sum(quantity(request) for request in served) / span

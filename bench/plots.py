@@ -17,7 +17,7 @@ def plot_timeline(file: Path, results: Mapping[str, Replay]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(11, 5))
     for name, replay in results.items():
-        points = [(arrival.time, served.ttft) for arrival, served in replay.requests]
+        points = [(arrival.time, served.ttft) for arrival, served in replay.requests if not served.error]
         axes.plot(*zip(*points), ".", label=name, alpha=0.7)
     layouts = [layout for replay in results.values() for layout in replay.layouts]
     last = max(arrival.time for replay in results.values() for arrival, _ in replay.requests)

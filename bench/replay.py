@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -14,7 +16,7 @@ import httpx
 from bench.arrivals import Arrival
 from bench.queueing import QueueTime
 from bench.recorded import write_timed_trace
-from bench.stock_client import ServedRequest, bench_serve, closed_loop, served_requests
+from bench.stock_client import ServedRequest, bench_serve_together, closed_loop, served_requests
 from tests.support.server import Server
 
 Layout = list[list[int]]
@@ -41,20 +43,34 @@ async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int,
     waited = QueueTime.of(server)
     layouts: list[tuple[float, Layout]] = []
     looking = asyncio.ensure_future(_look(server, layouts)) if watch else None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "timed_trace.jsonl"
-        write_timed_trace(file, arrivals, chunk_tokens, seed)
-        result = await bench_serve(
-            server, "--dataset-name", "timed_trace", "--dataset-path", str(file), "--num-prompts", str(len(arrivals)),
-            "--timed-trace-chunk-hash-size", str(chunk_tokens), "--self-timed",
-        )  # fmt: skip
+    requests = await _send(server, arrivals, chunk_tokens, seed)
     if looking is not None:
         looking.cancel()
-    requests = list(zip(arrivals, served_requests(result), strict=True))
     # The client doesn't say when it began. No request is sent before its time, so the most punctual one tells.
     origin = min(served.start - arrival.time for arrival, served in requests)
     layouts = [(max(0.0, moment - origin), layout) for moment, layout in layouts]
     return Replay(origin, requests, layouts, QueueTime.of(server).mean_since(waited))
+
+
+async def _send(
+    server: Server, arrivals: Sequence[Arrival], chunk_tokens: int, seed: int
+) -> list[tuple[Arrival, ServedRequest]]:
+    """A client per priority, since the stock one gives all its requests the same; they begin at about the same time."""
+    shares = [[a for a in arrivals if a.priority == priority] for priority in sorted({a.priority for a in arrivals})]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = []
+        for number, share in enumerate(shares):
+            file = Path(folder) / f"timed_trace_{number}.jsonl"
+            write_timed_trace(file, share, chunk_tokens, seed + 1000 * number)
+            priority = share[0].priority
+            runs.append([
+                "--dataset-name", "timed_trace", "--dataset-path", str(file), "--num-prompts", str(len(share)),
+                "--timed-trace-chunk-hash-size", str(chunk_tokens), "--self-timed",
+                *(["--extra-body", json.dumps({"priority": priority})] if priority else []),
+            ])  # fmt: skip
+        results = await bench_serve_together(server, runs)
+    served = zip(chain(*shares), chain(*map(served_requests, results)), strict=True)
+    return sorted(served, key=lambda pair: pair[0].time)
 
 
 async def _look(server: Server, layouts: list[tuple[float, Layout]]) -> None:

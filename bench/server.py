@@ -29,11 +29,12 @@ def bench_server(
     tensor_parallel: int = 1,
     settings: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
+    kv_mib: int = 512,
 ) -> Server:
     """A bf16 server on this machine, one core per worker, as many API servers as vLLM makes by default."""
     log = Path(tempfile.mkdtemp(prefix="vllm-flying-bench-")) / "log"
     return Server(
         model, log, "--dtype", "bfloat16", "--max-model-len", "2048",
         "--tensor-parallel-size", str(tensor_parallel), *arguments,
-        engines=engines, flying=flying, settings=settings, environment=environment, kv_bytes=512 << 20, workers_per_engine=tensor_parallel,
+        engines=engines, flying=flying, settings=settings, environment=environment, kv_bytes=kv_mib << 20, workers_per_engine=tensor_parallel,
     )  # fmt: skip

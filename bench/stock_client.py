@@ -5,8 +5,10 @@ Touches the server over HTTP only and keeps what the client prints to itself: fi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,8 @@ class ServedRequest:
     ttft: float
     itls: list[float]
     output_tokens: int
+    error: str = ""
+    """Why it failed; then the other figures mean nothing."""
 
     @property
     def end(self) -> float:
@@ -45,15 +49,20 @@ class ServedRequest:
 
 async def bench_serve(server: Server, *options: str) -> dict[str, Any]:
     """The client's result with `options` of `vllm bench serve`. Raises RuntimeError if a request failed."""
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    arguments = parser.parse_args(["--base-url", server.url, "--model", server.model, *OPTIONS, *options])
-    with contextlib.redirect_stdout(io.StringIO()):
-        result: dict[str, Any] = await main_async(arguments)
+    (result,) = await bench_serve_together(server, [options])
     if result["failed"]:
         error = next(error for error in result["errors"] if error)
         raise RuntimeError(f"{result['failed']} of {len(result['errors'])} requests to {server.url} failed: {error}")
     return result
+
+
+async def bench_serve_together(server: Server, runs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """The results of several clients at once, each with its options; requests may have failed."""
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    common = ["--base-url", server.url, "--model", server.model, *OPTIONS]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return await asyncio.gather(*(main_async(parser.parse_args([*common, *options])) for options in runs))
 
 
 async def closed_loop(
@@ -68,5 +77,5 @@ async def closed_loop(
 
 def served_requests(result: dict[str, Any]) -> list[ServedRequest]:
     """The requests of a result, in the order of their data set; starts are on this process's performance counter."""
-    columns = (result[key] for key in ("start_times", "ttfts", "itls", "output_lens"))
+    columns = (result[key] for key in ("start_times", "ttfts", "itls", "output_lens", "errors"))
     return [ServedRequest(*row) for row in zip(*columns, strict=True)]

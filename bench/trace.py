@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.arrivals import Arrival, Phase, poisson, window
+from bench.arrivals import Arrival, Phase, mixed, poisson, window
 from bench.figures import Objectives, line, table
 from bench.models import add_model_options, model_of
 from bench.plots import plot_timeline
@@ -24,6 +24,12 @@ from bench.replay import Replay, replay
 from bench.report import write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
+
+SERVERS: dict[str, dict[str, Any]] = {
+    "DP": {"flying": False},
+    "TP": {"flying": False, "engines": 1, "tensor_parallel": 2},
+    "auto": {"flying": True, "settings": {"policy": "auto"}},
+}
 
 
 def main() -> None:
@@ -35,15 +41,11 @@ def main() -> None:
     results: dict[str, list[Replay]] = {name: [] for name in arguments.only}
     records: list[str] = []
     step_costs: dict[str, Any] = {}
-    servers = {
-        "DP": {"flying": False},
-        "TP": {"flying": False, "engines": 1, "tensor_parallel": 2},
-        "auto": {"flying": True, "settings": {"policy": "auto"}},
-    }
     with ExitStack() as stack:
         up: dict[str, Server] = {}
         for name in arguments.only:
-            server = bench_server(model, *server_flags(arguments), **servers[name])  # type: ignore[arg-type]
+            options: dict[str, Any] = SERVERS[name] | {"kv_mib": arguments.kv_mib}
+            server = bench_server(model, *server_flags(arguments), *_mix_flags(arguments, name), **options)
             up[name] = stack.enter_context(server)
             print(f"== {name}: up after {server.start_seconds:.0f} s", flush=True)
         for turn in range(arguments.turns):
@@ -87,6 +89,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--objectives", type=float, nargs=2, default=(2000, 250), metavar=("TTFT", "TPOT"), help="ms, for the goodput"
     )
+    parser.add_argument("--urgent", type=float, default=0.0, metavar="SHARE", help="of requests sent with priority -1")
+    parser.add_argument("--long", type=float, nargs=3, default=(0.0, 0, 0), metavar=("SHARE", "IN", "OUT"))
+    parser.add_argument("--kv-mib", type=int, default=512, help="KV cache of every worker")
     add_model_options(parser)
     add_server_options(parser)
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
@@ -103,7 +108,20 @@ def _requests(replayed: Replay) -> list[dict[str, Any]]:
     ]
 
 
+def _mix_flags(arguments: argparse.Namespace, name: str) -> list[str]:
+    """Stock vLLM minds priorities if told to, and starts if a request of the greatest length fits its KV cache."""
+    by_priority = ["--scheduling-policy", "priority"] if arguments.urgent else []
+    return [*by_priority, *(["--max-model-len", "auto"] if arguments.long[0] and name == "DP" else [])]
+
+
 def _arrivals(arguments: argparse.Namespace, recorded: Sequence[Arrival], turn: int) -> list[Arrival]:
+    """The turn's own, with its urgent and long requests."""
+    share, *long = arguments.long
+    usual = _usual_arrivals(arguments, recorded, turn)
+    return mixed(usual, arguments.urgent, share, (int(long[0]), int(long[1])), arguments.seed + turn)
+
+
+def _usual_arrivals(arguments: argparse.Namespace, recorded: Sequence[Arrival], turn: int) -> list[Arrival]:
     """The turn's own: the next part of the recording, or a burst from a seed of its own."""
     if recorded:
         start = arguments.start + turn * arguments.seconds / arguments.time_scale
