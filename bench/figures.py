@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median, quantiles
+from statistics import mean, median
 
 from bench.replay import Replay
-from bench.report import markdown
+from bench.report import markdown, percentile
 from bench.stock_client import ServedRequest
 
 QUANTITIES = ("ttft", "tpot")
@@ -61,13 +61,8 @@ def figures(replay: Replay, phase: str, objectives: Objectives) -> Row:
     row: Row = {"failed": len(of_phase) - len(chosen)}
     for quantity in QUANTITIES:
         values = [1e3 * getattr(served, quantity) for served in chosen] or [math.nan]
-        cuts = quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
-        row |= {
-            f"mean {quantity} ms": mean(values),
-            f"P50 {quantity} ms": cuts[49],
-            f"P90 {quantity} ms": cuts[89],
-            f"P99 {quantity} ms": cuts[98],
-        }
+        row |= {f"mean {quantity} ms": mean(values)}
+        row |= {f"P{percent} {quantity} ms": percentile(values, percent) for percent in (50, 90, 99)}
     row["tokens/s"] = _per_second(chosen, _output_tokens)
     row["goodput/s"] = _per_second(chosen, objectives.kept)
     if phase == "all":

@@ -10,13 +10,8 @@ CACHE = Path.home() / ".cache" / "vllm-flying-bench"
 VOCABULARY = 32000
 
 
-def llama_150m() -> Path:
-    """About 150M parameters, so that layers dominate overheads on two cores."""
-    return llama(layers=8, hidden=1024)
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What `model_of` takes."""
+    """What `model_of` takes; by default about 150M parameters, so that layers dominate overheads on two cores."""
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 128256 is Llama 3's")

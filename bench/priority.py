@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 
 from bench.client import Timing, complete, prompts
+from bench.load import Clients
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import add_server_options, bench_server, server_flags
-from bench.switch import Clients
 from tests.support.server import Server
 
 DP, TP = [[0], [1]], [[0, 1]]

@@ -7,8 +7,10 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +52,11 @@ def write(name: str, data: dict[str, Any], table: str) -> Path:
     (folder / "report.md").write_text(f"# {name}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: {' '.join(sys.argv)}\n")
     print(f"\n{table}\n\nWritten to {folder}", flush=True)
     return folder
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Between the two values nearest to it."""
+    return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 def markdown(columns: list[str], rows: list[list[Any]]) -> str:

@@ -1,152 +1,178 @@
-"""`python -m bench.switch`: how long a switch takes, idle and under load, against a restart of the same server."""
+"""`python -m bench.switch`: how long switches take, idle and under load, between all layouts and by method.
+
+Against a restart of the same server, and with what a client sees of it: the gap between two tokens.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import http.client
+import itertools
 import json
-import threading
 import time
-from statistics import median, quantiles
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
-import httpx
-
-from bench.client import Timing, complete, prompts
-from bench.models import llama_150m
-from bench.report import markdown, stolen_seconds, write
+from bench.load import Clients
+from bench.models import add_model_options, model_of
+from bench.report import markdown, percentile, stolen_seconds, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
 
-DP, TP = [[0], [1]], [[0, 1]]
+Groups = list[list[int]]
+Pair = tuple[Groups, Groups]
+Record = dict[str, Any]
 # vLLM's workers poll for a second after every call; then they sleep, as they do on an idle server.
 IDLE_S = 1.5
 
 
-class Clients:
-    """Streaming clients in a thread, one request after the other each, until the context ends."""
-
-    def __init__(self, server: Server, count: int, prompt_tokens: int = 64, output_tokens: int = 64) -> None:
-        self._server = server
-        self._count = count
-        self._lengths = prompt_tokens, output_tokens
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self.timings: list[Timing] = []
-
-    def __enter__(self) -> Clients:
-        self._thread.start()
-        time.sleep(2.0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=900.0) as client:
-            await asyncio.gather(*[self._one(client, seed) for seed in range(self._count)])
-
-    async def _one(self, client: httpx.AsyncClient, seed: int) -> None:
-        while not self._stop.is_set():
-            seed += 100
-            (prompt,) = prompts(1, self._lengths[0], seed)
-            self.timings.append(await complete(client, self._server.model, prompt, self._lengths[1]))
-
-    def gaps(self) -> dict[str, float]:
-        """Longest gap between two tokens of a request, and the usual one, in milliseconds."""
-        longest = [1e3 * timing.longest_gap for timing in self.timings]
-        return {
-            "requests": len(longest),
-            "tpot_ms": median(1e3 * timing.tpot for timing in self.timings),
-            "longest_gap_p50_ms": median(longest),
-            "longest_gap_p99_ms": _p99(longest),
-        }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=30, help="merges, and as many splits, per case")
-    parser.add_argument("--requests", type=int, default=8, help="requests in flight in the loaded case")
+    parser.add_argument("--repeats", type=int, default=30, help="switches per pair of layouts and case")
+    parser.add_argument("--requests", type=int, default=8, help="requests in flight in the loaded cases")
+    parser.add_argument("--engines", type=int, default=2, choices=(2, 4, 8))
+    parser.add_argument("--methods", nargs="+", default=["migrate", "pause"], help="of switches under load")
+    add_model_options(parser)
     add_server_options(parser)
     arguments = parser.parse_args()
-    with bench_server(llama_150m(), *server_flags(arguments), flying=True) as server:
+    layouts = uniform_layouts(arguments.engines)
+    pairs, in_flight = every_pair(layouts), f"{arguments.requests} requests"
+    cases: dict[str, list[Record]] = {}
+    gaps: dict[str, dict[str, float]] = {}
+    with bench_server(model_of(arguments), *server_flags(arguments), flying=True, engines=arguments.engines) as server:
         print(f"Server up after {server.start_seconds:.0f} s.", flush=True)
-        idle = measure(server, arguments.repeats, "pause", IDLE_S)
-        in_a_row = measure(server, arguments.repeats, "pause", 0.05)
-        gaps = {}
-        for name, groups in (("DP, no switch", DP), ("TP, no switch", TP)):
+        cases["idle"] = measure(server, pairs, arguments.repeats, "pause", IDLE_S)
+        cases["idle, one after the other"] = measure(server, pairs, arguments.repeats, "pause", 0.05)
+        for groups in layouts:
             server.switch(groups)
             with Clients(server, arguments.requests) as clients:
                 time.sleep(20.0)
-            gaps[name] = clients.gaps()
-            print(name, gaps[name], flush=True)
-        with Clients(server, arguments.requests) as clients:
-            migrating = measure(server, arguments.repeats, "migrate", pause_s=1.0)
-        gaps["a switch every second"] = clients.gaps()
-        with Clients(server, arguments.requests):
-            pausing = measure(server, arguments.repeats, "pause", pause_s=0.5)
-            server.switch(DP, method="migrate", timeout_s=120)
+            gaps[f"{groups}, no switch"] = clients.gaps()
+        for method in arguments.methods:
+            with Clients(server, arguments.requests) as clients:
+                records = measure(server, pairs, arguments.repeats, method, pause_s=1.0)
+                server.switch(layouts[0], method="migrate", timeout_s=120)  # where paused requests go on
+            for record in records:
+                record["client_gaps_s"] = clients.gaps_across(record["began"], record["ended"])
+                record["usual_gap_s"] = clients.usual_gap()
+            cases[f"{in_flight}, {method}"] = records
+            gaps[f"a switch every second, {method}"] = clients.gaps()
         restart = server.start_seconds
-    in_flight = f"{arguments.requests} requests"
-    table = _table({"idle": idle, "idle, one after the other": in_a_row, f"{in_flight}, migrate": migrating, f"{in_flight}, pause": pausing}, restart)
-    columns = ["requests in flight", "TPOT ms", "longest gap of a request, P50 ms", "P99 ms"]
-    rows = [[name, *(f"{g[k]:.0f}" for k in ("tpot_ms", "longest_gap_p50_ms", "longest_gap_p99_ms"))] for name, g in gaps.items()]
-    data = {"idle": idle, "in_a_row": in_a_row, "migrate": migrating, "pause": pausing, "gaps": gaps, "restart_s": restart}
-    write("switch", data, f"{table}\n\n{markdown(columns, rows)}")
+    table = "\n\n".join((times_table(cases, pairs, restart), phases_table(cases, pairs), gaps_table(gaps)))
+    write("switch", {"cases": cases, "gaps": gaps, "restart_s": restart}, table)
 
 
-def measure(server: Server, repeats: int, method: str, pause_s: float) -> list[dict[str, Any]]:
-    """Merges and splits; every record with its `reply_ms`, POST to reply, and what the host took meanwhile."""
-    records: list[dict[str, Any]] = []
+def uniform_layouts(engines: int) -> list[Groups]:
+    """All groups of one width, narrowest first."""
+    widths = itertools.takewhile(lambda width: width <= engines, (1 << bits for bits in itertools.count()))
+    return [[list(range(first, first + width)) for first in range(0, engines, width)] for width in widths]
+
+
+def every_pair(layouts: Sequence[Groups]) -> list[Pair]:
+    """Every layout to every other, each beginning where the one before ended as long as that works out."""
+    left, chain = list(itertools.permutations(layouts, 2)), []
+    while left:
+        following = [pair for pair in left if chain and pair[0] == chain[-1][1]] or left
+        chain.append(following[0])
+        left.remove(following[0])
+    return chain
+
+
+def measure(server: Server, pairs: Sequence[Pair], repeats: int, method: str, pause_s: float) -> list[Record]:
+    """The records of switches, with their `reply_ms`, POST to reply, and what the host took meanwhile."""
+    records: list[Record] = []
     # The standard library's client: httpx adds a millisecond of its own.
     client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     for index in range(repeats):
-        for groups in (TP, DP):
-            body = json.dumps({"groups": groups, "method": method, "timeout_s": 120})
-            stolen, started = stolen_seconds(), time.perf_counter()
-            client.request("POST", "/plugins/flying/switch", body, {"Content-Type": "application/json"})
-            reply = client.getresponse().read()
-            reply_ms = 1e3 * (time.perf_counter() - started)
-            records.append({**json.loads(reply), "reply_ms": reply_ms, "stolen_ms": 1e3 * (stolen_seconds() - stolen)})
-            assert records[-1].get("outcome") == "committed", reply
+        for source, target in pairs:
+            if [group["engines"] for group in server.status()["groups"]] != source:
+                post(client, source, method)
+                time.sleep(pause_s)
+            records.append(post(client, target, method))
             time.sleep(pause_s)
-        print(f"\r{index + 1} of {repeats} merges and splits", end="", flush=True)
+        print(f"\r{method}: {index + 1} of {repeats} times {len(pairs)} switches", end="", flush=True)
     print(flush=True)
     return records
 
 
-def _table(cases: dict[str, list[dict[str, Any]]], restart_s: float) -> str:
+def post(client: http.client.HTTPConnection, groups: Groups, method: str) -> Record:
+    """Switch; RuntimeError if that failed."""
+    body = json.dumps({"groups": groups, "method": method, "timeout_s": 120})
+    stolen, began = stolen_seconds(), time.perf_counter()
+    client.request("POST", "/plugins/flying/switch", body, {"Content-Type": "application/json"})
+    reply = client.getresponse().read()
+    ended = time.perf_counter()
+    record: Record = json.loads(reply)
+    if record.get("outcome") != "committed":
+        raise RuntimeError(f"the switch to {groups} failed: {reply.decode()}")
+    taken = {"began": began, "ended": ended, "reply_ms": 1e3 * (ended - began)}
+    return {**record, **taken, "stolen_ms": 1e3 * (stolen_seconds() - stolen)}
+
+
+def times_table(cases: dict[str, list[Record]], pairs: Sequence[Pair], restart_s: float) -> str:
     rows: list[list[Any]] = []
-    for name, records in cases.items():
-        for direction, groups in (("merge", TP), ("split", DP)):
-            chosen = [record for record in records if record["to"] == groups]
-            # On a shared host: switches during which the host left this machine's processors alone.
-            undisturbed = [record for record in chosen if not record["stolen_ms"]]
-            moved = sum(record["requests"]["moved"] for record in chosen) / len(chosen)
-            megabytes = sum(record["kv"]["bytes"] for record in chosen) / len(chosen) / 1e6
-            stopped = median(1e3 * (r["seconds"]["total"] - r["seconds"]["prepare"] - r["seconds"]["extend"]) for r in chosen)
-            rows.append([name, direction, *_times(chosen), f"{stopped:.1f}", len(undisturbed), *_times(undisturbed), f"{moved:.1f}",
-                         f"{megabytes:.2f}"])  # fmt: skip
-    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", *[""] * 9])
-    columns = ["case", "direction", "reply, median ms", "p99 ms", "beyond steps in flight, median ms",
-               "engines at rest, median ms", "undisturbed", "reply, median ms", "p99 ms", "beyond steps in flight, median ms",
-               "requests moved", "MB between workers"]  # fmt: skip
+    for name, (source, target), chosen in by_pair(cases, pairs):
+        # On a shared host: switches during which the host left this machine's processors alone.
+        undisturbed = [record for record in chosen if not record["stolen_ms"]]
+        at_rest = [1e3 * (r["seconds"]["total"] - r["seconds"]["prepare"] - r["seconds"]["extend"]) for r in chosen]
+        moved = sum(record["requests"]["moved"] for record in chosen) / len(chosen)
+        megabytes = sum(record["kv"]["bytes"] for record in chosen) / len(chosen) / 1e6
+        rate = median(record["kv"]["bytes_per_s"] for record in chosen) / 1e6
+        rows.append([
+            name, arrow(source, target), *reply_times(chosen), f"{median(at_rest):.1f}", len(undisturbed),
+            *reply_times(undisturbed), f"{moved:.1f}", f"{megabytes:.2f}", f"{rate:.0f}" if rate else "",
+            *added_gaps(chosen),
+        ])  # fmt: skip
+    times = ["reply, median ms", "p99 ms", "beyond steps in flight, median ms"]
+    columns = ["case", "layouts", *times, "engines at rest, median ms", "undisturbed", *times, "requests moved",
+               "MB between workers", "MB/s", "a client's gap beyond a usual one, P50 ms", "P99 ms"]  # fmt: skip
+    rows.append(["restart", "", f"{1e3 * restart_s:.0f}", *[""] * (len(columns) - 3)])
     return markdown(columns, rows)
 
 
-def _times(records: list[dict[str, Any]]) -> list[str]:
+def phases_table(cases: dict[str, list[Record]], pairs: Sequence[Pair]) -> str:
+    rows = []
+    phases = list(dict.fromkeys(phase for records in cases.values() for record in records for phase in record["seconds"]))
+    for name, (source, target), chosen in by_pair(cases, pairs):
+        medians = (median(1e3 * record["seconds"].get(phase, 0.0) for record in chosen) for phase in phases)
+        rows.append([name, arrow(source, target), *(f"{value:.1f}" for value in medians)])
+    return markdown(["case", "layouts", *(f"{phase}, median ms" for phase in phases)], rows)
+
+
+def gaps_table(gaps: dict[str, dict[str, float]]) -> str:
+    quantities = ("tpot_ms", "longest_gap_p50_ms", "longest_gap_p99_ms")
+    rows = [[name, *(f"{each[quantity]:.0f}" for quantity in quantities)] for name, each in gaps.items()]
+    return markdown(["requests in flight", "TPOT ms", "longest gap of a request, P50 ms", "P99 ms"], rows)
+
+
+def by_pair(cases: dict[str, list[Record]], pairs: Sequence[Pair]) -> list[tuple[str, Pair, list[Record]]]:
+    return [
+        (name, pair, [record for record in records if [record["from"], record["to"]] == list(pair)])
+        for name, records in cases.items()
+        for pair in pairs
+    ]
+
+
+def arrow(source: Groups, target: Groups) -> str:
+    return f"{source} → {target}"
+
+
+def reply_times(records: list[Record]) -> list[str]:
     """POST to reply; and without `prepare`, in which steps in flight end."""
     if not records:
         return [""] * 3
     replies = [record["reply_ms"] for record in records]
     beyond = [record["reply_ms"] - 1e3 * record["seconds"]["prepare"] for record in records]
-    return [f"{median(replies):.1f}", f"{_p99(replies):.1f}", f"{median(beyond):.1f}"]
+    return [f"{median(replies):.1f}", f"{percentile(replies, 99):.1f}", f"{median(beyond):.1f}"]
 
 
-def _p99(values: list[float]) -> float:
-    return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
+def added_gaps(records: list[Record]) -> list[str]:
+    """Of clients whose requests moved: paused ones wait for their layout, however long it is away."""
+    if not any(record["requests"]["moved"] for record in records):
+        return [""] * 2
+    added = [1e3 * (gap - record["usual_gap_s"]) for record in records for gap in record.get("client_gaps_s", ())]
+    return [f"{percentile(added, each):.0f}" for each in (50, 99)]
 
 
 if __name__ == "__main__":
