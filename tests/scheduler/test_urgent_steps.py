@@ -292,3 +292,41 @@ def test_resetting_prefixes_takes_all_pages_back(config: VllmConfig, in_flight_s
         engine.steps_until_done(*others, urgent)
         assert [r.num_preemptions for r in (*others, urgent)] == [1, 1, 1]
         assert_complete(*others, urgent)
+
+
+@in_flight_steps
+@pytest.mark.parametrize("comes", [True, False])
+def test_an_awaited_one_finds_no_step_of_others(
+    config: VllmConfig, in_flight_steps: int, comes: bool, now: list[float]
+) -> None:
+    engine = Engine(config, 20, in_flight_steps)
+    other = engine.add("a", 60, 20)
+    engine.begin(other)
+    engine.facade.await_urgent(0.02)
+    for _ in range(4):
+        assert engine.facade.has_requests() and engine.facade.has_unfinished_requests()
+        assert not engine.turn()
+        now[0] += 0.004
+    if comes:
+        urgent = engine.add("u", 20, 5, priority=-1)
+        steps = engine.steps_until_done(urgent)
+        assert [step for step in steps if step] == [["u"]] * 5
+        assert_complete(urgent)
+    else:
+        now[0] += 0.01
+        assert engine.turn() == ["a"]
+    engine.steps_until_done(other)
+    assert_complete(other)
+    assert not engine.facade.has_unfinished_requests()
+
+
+@in_flight_steps
+def test_an_awaited_one_that_does_not_come_leaves_an_idle_engine_at_rest(
+    config: VllmConfig, in_flight_steps: int, now: list[float]
+) -> None:
+    engine = Engine(config, 20, in_flight_steps)
+    engine.facade.await_urgent(0.02)
+    for _ in range(3):
+        engine.turn()
+        now[0] += 0.01
+    assert not engine.facade.has_requests()

@@ -209,7 +209,7 @@ class Engine:
 
     def commit(
         self, epoch: int, recipients: list[int], gone: Any, returned: Any, extend: int, intact: bytes,
-        capacity: dict[int, int],
+        capacity: dict[int, int], urgent_follows: bool,
     ) -> dict[str, Any]:
         self.epoch, self.preparing = epoch, None
         self.let_go()

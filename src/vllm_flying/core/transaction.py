@@ -74,6 +74,8 @@ class SwitchTransaction:
     pausing: Pausing = field(default_factory=Pausing)
     last_resort: bool = False
     """Begun requests without room are computed again instead of waiting for some."""
+    urgent_follows: bool = False
+    """The switch is for an urgent request, which is sent as soon as the new layout stands."""
     drained: dict[int, dict[str, Any]] = field(default_factory=dict)
     prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
     proof: list[dict[str, Any]] = field(default_factory=list)
@@ -245,7 +247,7 @@ class SwitchTransaction:
         return Call(engine, "prepare", {**arguments, "prefixes_to": len(target) if follow else 0})
 
     def _commit(self, engine: int) -> Call:
-        arguments = {"epoch": self.epoch, "recipients": self.recipients(engine)}
+        arguments = {"epoch": self.epoch, "recipients": self.recipients(engine), "urgent_follows": self.urgent_follows}
         return Call(engine, "commit", {**arguments, **self.journey.outcome(engine)})
 
     def _moves(self, layout: Layout) -> list[Call]:

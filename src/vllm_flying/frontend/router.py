@@ -27,7 +27,7 @@ from vllm_flying.frontend.metrics import metrics
 from vllm_flying.frontend.runtime import runtime_directory
 from vllm_flying.frontend.served import served_layouts
 from vllm_flying.frontend.soft_start import SoftStart
-from vllm_flying.frontend.switcher import PENDING_RETRY_S, Switcher, SwitchFailed
+from vllm_flying.frontend.switcher import PENDING_RETRY_S, URGENT, Switcher, SwitchFailed
 from vllm_flying.settings import URGENT_POLICIES, Settings, settings_from_vllm_config
 
 logger = init_logger("vllm.flying.router")
@@ -98,7 +98,7 @@ class Router:
         tokens = self._tokens(request, state)
         hint = self._hint(request).value
         if width is not None and (hint == "auto" or self.settings.on_hint == "form"):
-            reason = "urgent request" if hint == "auto" else f"hint for width {width}"
+            reason = URGENT if hint == "auto" else f"hint for width {width}"
             if await self._begins_before_merge(request, width, tokens, reason):
                 return
             state = self._board.read()

@@ -37,9 +37,10 @@ FETCH_AFTER_S = (0.5, 0.5, 1.0, 1.0, 2.0, 5.0, 5.0, 5.0, 20.0)
 FETCH_LIMIT_S = 30.0
 # When to try again while another switch is under way.
 PENDING_RETRY_S = 0.01
-# Reasons of switches: asked for by hand; for requests left behind. Hints and the controller name their own.
+# Reasons of switches: asked for by hand; for requests left behind; for an urgent one. Hints and the controller name their own.
 OPERATOR = "operator"
 FETCHING = "paused requests"
+URGENT = "urgent request"
 # For each phase that undoes a switch or carries it through; the caller's limit doesn't apply to these.
 FINISH_LIMIT_S = 60.0
 # Waves of a migration that hasn't room for all requests at once: each frees pages for the next.
@@ -158,6 +159,7 @@ class Switcher:
             rates=self._rates,
             last_resort=last_resort,
             pausing=self._pausing(target, reason),
+            urgent_follows=reason == URGENT,
         )
         self._running = transaction
         try:

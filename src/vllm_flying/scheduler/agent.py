@@ -31,6 +31,8 @@ from vllm_flying.settings import Settings
 
 logger = init_logger("vllm.flying.engine")
 
+# What a front end takes to send a request to the group that was formed for it; a few milliseconds do.
+AWAIT_URGENT_S = 0.025
 Proof = list[dict[str, Any]]
 """What the workers of a group say they are."""
 
@@ -337,13 +339,14 @@ class EngineAgent:
         extend: int = 0,
         intact: bytes = b"",
         capacity: dict[int, int] | None = None,
+        urgent_follows: bool = False,
     ) -> dict[str, Any]:
         """The switch holds: step again, and deal the fresh requests kept aside out to `recipients` in turn.
 
         `gone`: requests that were aborted on their way; `returned`: pages of former groups that nobody holds any
         more; `extend`: how many free pages every member of the present group lends it now; `intact`: bitmap of the
         group's pages that hold, on every member, what the group wrote into them before; `capacity`: KV tokens that
-        the groups of recipients will hold.
+        the groups of recipients will hold; `urgent_follows`: the switch was for an urgent request, which comes now.
         """
         self._check_prepared(epoch)
         self.epoch = epoch
@@ -357,6 +360,8 @@ class EngineAgent:
         if dropped:
             self._call_workers("flying_together", ("forget", {self.facade.active_width: dropped}))
         self._go_on()
+        if urgent_follows and len(self.group) > 1 and not self.facade.parked:
+            self.facade.await_urgent(AWAIT_URGENT_S)
         handover = self._deal(recipients, {int(leader): tokens for leader, tokens in (capacity or {}).items()})
         lent_bytes = [pages.tobytes() for pages in lent] if lent else None
         return {"handover": handover, "lent": lent_bytes, "kv_tokens": self._kv_tokens()}

@@ -50,6 +50,8 @@ class Deferral:
         """Whether there may be urgent requests."""
         self._looked = -math.inf
         self._was_urgent = False
+        self._due = -math.inf
+        """Until when an urgent request is awaited; long ago if none is."""
         self._stood_back_s = 0.0
         """Rises while others stand back, and falls as fast while they don't."""
         self._all_share = False
@@ -62,14 +64,26 @@ class Deferral:
         """A request enters a scheduler of this engine."""
         self._expected |= request.priority < 0
 
+    def await_urgent(self, seconds: float) -> None:
+        """One is on its way: others stand back for it already, or a step of theirs would be in its way."""
+        self._due, self._expected = time.monotonic() + seconds, True
+
+    @property
+    def awaits(self) -> bool:
+        """Whether the engine must go on stepping, though with nobody in the steps: `update` ends this."""
+        return self._due > -math.inf
+
     def update(self, scheduler: Any) -> None:
         """Between steps, whatever is in flight: who stands back, and who goes on."""
         if not self._expected and not self._aside:
             return
         self._take_time()
         urgent = [request for request in scheduler.requests.values() if _is_urgent(request)]
-        self._expected = bool(urgent)
-        self._was_urgent = scheduler.pause_state == PauseState.UNPAUSED and any(_can_run(request) for request in urgent)
+        if urgent or self._looked >= self._due:
+            self._due = -math.inf
+        self._expected = bool(urgent) or self.awaits
+        runs = self.awaits or any(_can_run(request) for request in urgent)
+        self._was_urgent = scheduler.pause_state == PauseState.UNPAUSED and runs
         if self._was_urgent and not self._all_share:
             self._set_aside(scheduler)
         else:

@@ -178,6 +178,11 @@ class FlyingScheduler(SchedulerInterface):
         if self._defers:
             self.deferral.saw(request)
 
+    def await_urgent(self, seconds: float) -> None:
+        """An urgent request is on its way to this engine."""
+        if self._defers:
+            self.deferral.await_urgent(seconds)
+
     def adopt(self, requests: list[Request]) -> None:
         """Take over fresh requests of another engine; those that were aborted on the way end here."""
         for request in requests:
@@ -300,8 +305,9 @@ class FlyingScheduler(SchedulerInterface):
         return sum(unfinished) + len(self.held) + len(self.deferral)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether a step could get a request further."""
-        return not self.parked and not self.stopped and self.active.has_unfinished_requests()
+        """Whether a step could get a request further. vLLM waits a moment after a step with nobody in it if so."""
+        may_step = not self.parked and not self.stopped
+        return may_step and (self.deferral.awaits or self.active.has_unfinished_requests())
 
     def has_finished_requests(self) -> bool:
         """Whether a step is needed to tell workers and front ends of finished requests."""
@@ -309,7 +315,7 @@ class FlyingScheduler(SchedulerInterface):
 
     def has_requests(self) -> bool:
         """Whether the engine should step."""
-        return not self.parked and not self.stopped and self.active.has_requests()
+        return not self.parked and not self.stopped and (self.deferral.awaits or self.active.has_requests())
 
     def get_request_counts(self) -> tuple[int, int]:
         """(running, waiting) as the load balancer counts them."""
