@@ -53,8 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="runs of every shape on every server")
     add_server_options(parser)
+    metavar = ("IN_FLIGHT", "REQUESTS", "IN", "OUT")
+    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=metavar, help="by default four shapes")
     add_model_options(parser)
     arguments = parser.parse_args()
+    shapes = tuple(Shape(*numbers) for numbers in arguments.shape or ()) or SHAPES
     model, flags = model_of(arguments), server_flags(arguments)
     samples: Samples = {}
     with ExitStack() as stack:
@@ -67,11 +70,11 @@ def main() -> None:
             print(f"== repeat {repeat + 1} of {arguments.repeats}, {layout}", flush=True)
             flying.switch(groups)
             servers = {"flying": flying, "stock": stock[layout]}
-            for shape, who in product(SHAPES, sorted(servers, reverse=repeat % 2 == 1)):
+            for shape, who in product(shapes, sorted(servers, reverse=repeat % 2 == 1)):
                 sample = run(servers[who], shape, repeat, layout)
                 samples.setdefault((who, layout, str(shape)), []).append(sample)
                 print(f"  {who} {layout} {shape}: {sample['output_throughput']:.1f} tokens/s", flush=True)
-    rows = [row(samples, layout, shape) for layout in LAYOUTS for shape in SHAPES]
+    rows = [row(samples, layout, shape) for layout in LAYOUTS for shape in shapes]
     columns = [column for name in QUANTITIES.values() for column in (name, "ratio")]
     table = markdown(["layout", "in flight, prompt / output", *columns], rows)
     table += "\n\nFlying (stock), medians; ratio: median of the runs' own ratios (least to most)."
