@@ -229,3 +229,22 @@ def test_a_pause_ends_at_once_for_somebody_who_needs_the_pages(tmp_path: Path) -
         assert switcher._pauses.next_due() is None
 
     run(test())
+
+
+def test_a_switch_for_an_urgent_request_tells_the_engines_that_it_follows(tmp_path: Path) -> None:
+    told: list[bool] = []
+
+    async def test() -> None:
+        switcher, engines, _ = make(tmp_path)
+        commit: Any = engines.commit
+
+        def note(engine: int, **arguments: Any) -> dict[str, Any]:
+            told.append(arguments["urgent_follows"])
+            return dict(commit(engine, **arguments))
+
+        engines.commit = note  # type: ignore[method-assign]
+        await switcher.switch(MERGED, reason=module.URGENT)
+        await switcher.switch(SEPARATE)
+
+    run(test())
+    assert told == [True, True, False, False]

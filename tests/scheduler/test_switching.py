@@ -8,7 +8,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.stepping import SteppedServer, make_request
-from vllm_flying.scheduler import aborts
+from vllm_flying.scheduler import aborts, agent
 from vllm_flying.scheduler.aborts import MOST, UnknownAborts
 
 DP, TP = [(0,), (1,)], [(0, 1)]
@@ -156,3 +156,24 @@ def test_a_fresh_request_that_no_engine_holds_waits_aside_for_a_wider_group(serv
     server.switch(TP)
     server.step(130)
     assert server.finished["long"] == "length" and not server.unfinished
+
+
+def test_a_group_formed_for_an_urgent_request_waits_for_it(
+    server: SteppedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "AWAIT_URGENT_S", 60.0)
+    for engine in server.engines:
+        monkeypatch.setattr(engine.facade, "_defers", True)
+    server.send(1, make_request("usual", 20, 50))
+    server.step(2)
+    server.switch(TP, urgent_follows=True)
+    usual = server.engines[0].facade.active.requests["usual"]
+    server.step(3)
+    assert usual.num_output_tokens == 2
+    urgent = make_request("urgent", 20, 3)
+    urgent.priority = -1
+    server.send(0, urgent)
+    server.step(3)
+    assert server.finished == {"urgent": "length"} and usual.num_output_tokens == 2
+    server.step(2)
+    assert usual.num_output_tokens == 4
