@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -28,7 +31,12 @@ class Timing:
 
     @property
     def longest_gap(self) -> float:
-        return max((b - a for a, b in zip(self.tokens, self.tokens[1:])), default=0.0)
+        return max(token_gaps(self.tokens), default=0.0)
+
+
+def token_gaps(times: Sequence[float], began: float = -math.inf, ended: float = math.inf) -> list[float]:
+    """Between two tokens each, those that reach into the time from `began` to `ended`."""
+    return [b - a for a, b in pairwise(times) if a < ended and b > began]
 
 
 async def complete(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from itertools import pairwise
 from statistics import median
 
 import httpx
 
-from bench.client import Timing, complete, prompts
+from bench.client import Timing, complete, prompts, token_gaps
 from bench.report import percentile
 from tests.support.server import Server
 
@@ -57,9 +56,9 @@ class Clients:
 
     def gaps_across(self, began: float, ended: float) -> list[float]:
         """Each request's longest gap, in seconds, that reaches into this time of the performance counter."""
-        gaps = ([b - a for a, b in pairwise(timing.tokens) if a < ended and b > began] for timing in self.timings)
-        return [max(each) for each in gaps if each]
+        across = (token_gaps(timing.tokens, began, ended) for timing in self.timings)
+        return [max(each) for each in across if each]
 
     def usual_gap(self) -> float:
         """Seconds between two tokens that didn't come together; the median."""
-        return median(b - a for timing in self.timings for a, b in pairwise(timing.tokens) if b > a)
+        return median(gap for timing in self.timings for gap in token_gaps(timing.tokens) if gap)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from bench.client import prompts
+from bench.client import prompts, token_gaps
 from bench.models import add_model_options, model_of
 from bench.report import markdown, write
 from bench.server import add_server_options, bench_server, server_flags
@@ -83,7 +83,7 @@ def measure(server: Server, requests: int, tokens: int, switches: int) -> tuple[
         record = server.switch((TP, DP)[index % 2], method="migrate", timeout_s=120)
         end = time.monotonic()
         time.sleep(0.5)
-        longest += [max(b - a for a, b in pairwise(s.times) if a < end and b > begin) for s in streams if s.is_alive]
+        longest += [max(token_gaps(stream.times, begin, end)) for stream in streams if stream.is_alive]
         records.append(record)
     for stream in streams:
         stream.abort()

@@ -19,6 +19,7 @@ from bench.models import add_model_options, model_of
 from bench.report import markdown, percentile, stolen_seconds, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
+from vllm_flying.core.topology import available_widths, groups_of_width
 
 Groups = list[list[int]]
 Pair = tuple[Groups, Groups]
@@ -65,8 +66,8 @@ def main() -> None:
 
 def uniform_layouts(engines: int) -> list[Groups]:
     """All groups of one width, narrowest first."""
-    widths = itertools.takewhile(lambda width: width <= engines, (1 << bits for bits in itertools.count()))
-    return [[list(range(first, first + width)) for first in range(0, engines, width)] for width in widths]
+    widths = (1, *available_widths(engines))
+    return [[list(group) for group in groups_of_width(width, engines)] for width in widths]
 
 
 def every_pair(layouts: Sequence[Groups]) -> list[Pair]:

@@ -230,7 +230,8 @@ class EngineAgent:
         if self._preparing != epoch:
             raise SwitchRefused(f"engine {self.engine} was not prepared for epoch {epoch}")
 
-    def _kv_tokens(self) -> int:
+    def kv_tokens(self) -> int:
+        """What the present group's pages hold."""
         width = self.facade.active_width
         return int(self.facade.pools[width].num_owned * page_tokens(self.facade, width))
 
@@ -354,7 +355,7 @@ class EngineAgent:
         self._confirm_prefixes(intact)
         self._take_reclaimed(returned or {})
         lent = self._lend(extend) if extend else None
-        self.facade.resize(self._kv_tokens() + extend * page_tokens(self.facade, self.facade.active_width))
+        self.facade.resize(self.kv_tokens() + extend * page_tokens(self.facade, self.facade.active_width))
         dropped = self.arrivals.commit(gone or [])
         self.facade.prefixes.commit()
         if dropped:
@@ -364,7 +365,7 @@ class EngineAgent:
             self.facade.await_urgent(AWAIT_URGENT_S)
         handover = self._deal(recipients, {int(leader): tokens for leader, tokens in (capacity or {}).items()})
         lent_bytes = [pages.tobytes() for pages in lent] if lent else None
-        return {"handover": handover, "lent": lent_bytes, "kv_tokens": self._kv_tokens()}
+        return {"handover": handover, "lent": lent_bytes, "kv_tokens": self.kv_tokens()}
 
     def _deal(self, recipients: list[int], capacity: dict[int, int]) -> dict[str, bytes]:
         """What was kept aside, this engine's share placed; returns the others' shares."""
@@ -398,7 +399,7 @@ class EngineAgent:
         pool = self.facade.pools[len(self.group)]
         pool.deposit(np.frombuffer(virtual, dtype=np.int32))
         pool.confirm([])
-        return {"kv_tokens": self._kv_tokens()}
+        return {"kv_tokens": self.kv_tokens()}
 
     def _drop_arrivals(self) -> None:
         self.facade.prefixes.drop()

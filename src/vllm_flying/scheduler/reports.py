@@ -40,7 +40,7 @@ class EngineReports:
             "running": running,
             "waiting": waiting + len(facade.held) + len(facade.deferral),
             "paused": facade.num_paused,
-            "kv_tokens_capacity": pool.num_owned * page_tokens(facade, width),
+            "kv_tokens_capacity": agent.kv_tokens(),
             "kv_tokens_used": pool.num_used * page_tokens(facade, width),
             "pages": {str(w): {"owned": p.num_owned, "used": p.num_used} for w, p in facade.pools.items()},
             "scheduled_tokens": facade.scheduled_tokens,
