@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -71,11 +72,19 @@ def cut_model(resident: ResidentWeights) -> None:
         elif any(module is head for head in heads):
             cut = _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), resident.num_tiles))
             resident.cut_layers[name] = cut
-            module.quant_method = TiledEmbeddingMethod(TiledRowsMethod(cut, all_tiles))
+            dtype = _logits_dtype(resident.model) if module.tp_size == 1 else None
+            module.quant_method = TiledEmbeddingMethod(TiledRowsMethod(cut, all_tiles, dtype))
             if module.weight.data_ptr() not in looked_up:
                 _drop_weight(module)
         elif isinstance(module, VocabParallelEmbedding):
             module.quant_method = PlainEmbeddingMethod()
+
+
+def _logits_dtype(model: nn.Module) -> torch.dtype | None:
+    """What samplers turn logits into, if nobody computes with them before; nor must they be gathered in that form."""
+    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    untouched = all(each.scale == 1.0 and each.soft_cap is None for each in processors)
+    return torch.float32 if untouched else None
 
 
 def _cut_linear(module: nn.Module, num_tiles: int) -> CutLayer:

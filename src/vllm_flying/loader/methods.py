@@ -23,9 +23,13 @@ class _NoWeightsOfItsOwn(LinearMethodBase):
 
 
 class TiledRowsMethod(_NoWeightsOfItsOwn):
-    """Column-parallel layer: each tile gives some output rows of every fused part."""
+    """Column-parallel layer: each tile gives some output rows of every fused part.
 
-    def __init__(self, cut: CutLayer, tiles: range) -> None:
+    With `dtype`, what is put together of several tiles is converted on the way, at no further cost.
+    """
+
+    def __init__(self, cut: CutLayer, tiles: range, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
         self._tiles = [cut.tiles[tile] for tile in tiles]
         self._size = cut.plan.tile_size * len(tiles)
         self._slices = cut.plan.output_slices(tiles)
@@ -36,13 +40,13 @@ class TiledRowsMethod(_NoWeightsOfItsOwn):
         if len(self._tiles) == 1:
             return self._tiles[0](x, with_bias)
         outputs = [tile(x, with_bias) for tile in self._tiles]
-        if len(self._slices[0]) == 1 or torch.compiler.is_compiling():
+        if self._dtype is None and (len(self._slices[0]) == 1 or torch.compiler.is_compiling()):
             parts = range(len(self._slices[0]))
             return torch.cat(
                 [output[..., slice(*slices[part][0])] for part in parts for output, slices in zip(outputs, self._slices)],
                 dim=-1,
             )
-        result = x.new_empty(*x.shape[:-1], self._size)
+        result = x.new_empty(*x.shape[:-1], self._size, dtype=self._dtype)
         for output, slices in zip(outputs, self._slices):
             for (start, stop), (to_start, to_stop) in slices:
                 result[..., to_start:to_stop] = output[..., start:stop]
