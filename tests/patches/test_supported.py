@@ -46,6 +46,7 @@ def arguments(directory: Path, family: str, more: dict[str, Any], **given: Any) 
         ("Mixtral", {"num_local_experts": 4}, "mixture-of-experts"),
         ("DeepseekV2", LATENT, "latent attention"),
         ("Llama", QUANTISED, r"quantised weights \(\w*gptq\w*\)"),
+        ("Llama", {"head_dtype": "float32"}, r"leave head_dtype \(torch.float32\) out"),
     ],
 )
 def test_models_that_can_not_change_their_layout(tmp_path: Path, family: str, more: dict[str, Any], reason: str) -> None:

@@ -75,6 +75,8 @@ def model_reasons(model: Any) -> list[str]:
         reasons.append(f"quantised weights ({model.quantization}) can't change their layout yet")
     if model.is_hybrid or model.is_attention_free:
         reasons.append("models with layers other than attention can't change their layout yet")
+    if model.head_dtype != model.dtype:
+        reasons.append(f"the output head computes in the model's own type: leave head_dtype ({model.head_dtype}) out")
     return reasons
 
 
