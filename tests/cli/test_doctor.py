@@ -23,7 +23,7 @@ from vllm_flying.frontend.board import BoardGroup, BoardState
 from vllm_flying.http.routes import build_router
 
 KEY = "a secret"
-PROBES = {1: [(1, 0.0204), (32, 0.0328), (128, 0.0712)], 2: [(1, 0.0123), (32, 0.0216), (128, 0.0504)]}
+PROBES = {1: [(0, 1, 0.0204), (31, 1, 0.0328), (0, 128, 0.0712)], 2: [(0, 1, 0.0123), (31, 1, 0.0216), (0, 128, 0.0504)]}
 
 
 class Recorded:
@@ -101,8 +101,8 @@ def test_costs_are_printed_for_every_engine_and_width(capsys: pytest.CaptureFixt
         "(learned from 40 steps)"
     )
     assert about[1] == (
-        "[ok  ] engine 0, width 1: the probe at start ran forward passes of 1 token 20.4 ms, 32 tokens 32.8 ms, "
-        "128 tokens 71.2 ms"
+        "[ok  ] engine 0, width 1: the probe at start ran steps of 1 request 20.4 ms, "
+        "31 prompt tokens and 1 request 32.8 ms, 128 requests 71.2 ms"
     )
     assert about[6].startswith("[ok  ] engine 1, width 2: a step with 1 request 12.3 ms")
     assert about[6].endswith("a prompt token 0.3 ms (probed only, no step was run yet)")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
 from vllm_flying.controller.controller import Controller
-from vllm_flying.controller.cost_model import StepCost, estimates
+from vllm_flying.controller.cost_model import PROBE_STEPS, StepCost, estimates
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker, Totals
 from vllm_flying.controller.plan import allowed_layouts, least_width, uniform
 from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name, priority
@@ -152,9 +152,20 @@ def test_step_costs_are_learned(fixed: float, prompt: float, decode: float, seed
     assert cost.numbers() == pytest.approx((fixed, prompt, decode), rel=0.05, abs=2e-5)
 
 
+def probed(seconds: dict[int, float]) -> list[tuple[int, int, float]]:
+    """A probe of passes of so many tokens, where a token costs the same whatever it is."""
+    return [kind for tokens, took in seconds.items() for kind in ((0, tokens, took), (tokens - 1, 1, took))]
+
+
+def test_a_probe_tells_what_prompts_cost_from_what_requests_do() -> None:
+    cost = StepCost()
+    cost.seed([(p, d, 0.010 + 0.0002 * p + 0.001 * d) for p, d in PROBE_STEPS])
+    assert cost.numbers() == pytest.approx((0.010, 0.0002, 0.001), rel=0.05)
+
+
 def test_a_quiet_hour_is_no_reason_to_forget_what_a_full_batch_costs() -> None:
     cost = StepCost()
-    cost.seed([(1, 0.010), (16, 0.012), (256, 0.050)])
+    cost.seed(probed({1: 0.010, 16: 0.012, 256: 0.050}))
     for decodes in (1, 8, 16, 32) * 10:
         cost.learn(0, decodes, 0.020 + 0.001 * decodes)
     for _ in range(5000):
@@ -165,7 +176,7 @@ def test_a_quiet_hour_is_no_reason_to_forget_what_a_full_batch_costs() -> None:
 
 def test_what_has_not_run_costs_what_the_probe_says_and_what_it_does_not_see() -> None:
     cost = StepCost()
-    cost.seed([(1, 0.010), (16, 0.025), (256, 0.265)])
+    cost.seed(probed({1: 0.010, 16: 0.025, 256: 0.265}))
     for _ in range(50):
         cost.learn(0, 1, 0.015)
     fixed, prompt, decode = cost.numbers()
@@ -175,7 +186,7 @@ def test_what_has_not_run_costs_what_the_probe_says_and_what_it_does_not_see() -
 
 def test_what_a_probe_does_not_see_may_grow_with_the_requests() -> None:
     cost = StepCost()
-    cost.seed([(1, 0.010), (32, 0.012), (128, 0.020)])
+    cost.seed(probed({1: 0.010, 32: 0.012, 128: 0.020}))
     for decodes in (100, 200, 300) * 20:  # only full batches: what they cost isn't what any step costs
         cost.learn(0, decodes, 0.012 + 0.0003 * decodes)
     assert cost.decode_step_s(1) == pytest.approx(0.012, rel=0.15)
@@ -215,10 +226,10 @@ def test_with_a_rising_rate_two_groups_overtake_one() -> None:
 
 def test_a_width_that_has_not_run_costs_what_a_probe_does_not_see_as_well() -> None:
     probes = {1: [0.07, 0.002, 0.002], 2: [0.04, 0.001, 0.001]}
-    probed = {width: [*probe, 0, *probe] for width, probe in probes.items()}
-    assert estimates(probed)[1] == (0.07, 0.002, 0.002)
+    reports = {width: [*probe, 0, *probe] for width, probe in probes.items()}
+    assert estimates(reports)[1] == (0.07, 0.002, 0.002)
     run = [0.06, 0.001, 0.004, 500, *probes[2]]
-    seen = estimates({**probed, 2: run})
+    seen = estimates({**reports, 2: run})
     assert seen[1] == pytest.approx((0.09, 0.002, 0.005)) and seen[2] == (0.06, 0.001, 0.004)
     few = estimates({1: [0.07, 0.002, 0.2, 3, *probes[1]], 2: run})
     assert few[1] == pytest.approx((0.09, 0.002, 0.005)), "three steps say nothing yet"

@@ -16,7 +16,7 @@ def test_probes_are_in_the_status_and_seed_the_costs_once() -> None:
 
     def workers(method: str, *_: Any) -> list[Any]:
         asked.append(method)
-        return [{1: [(1, 0.02), (32, 0.03)]}]
+        return [{1: [(0, 1, 0.02), (0, 32, 0.03)]}]
 
     scheduler = SimpleNamespace(block_size=16, requests={}, max_num_running_reqs=8, get_request_counts=lambda: (0, 0))
     facade = SimpleNamespace(
@@ -28,6 +28,6 @@ def test_probes_are_in_the_status_and_seed_the_costs_once() -> None:
     agent = EngineAgent(config, Settings(num_engines=2), workers)
     registry.register(config, facade)
     assert agent.handle("status", {})["probes"] == {} and agent.handle("status", {})["costs"] == {}
-    probes = {"1": [[1, 0.02], [32, 0.03]]}
+    probes = {"1": [[0, 1, 0.02], [0, 32, 0.03]]}
     assert agent.handle("probe", {}) == agent.handle("probe", {}) == probes and asked == ["flying_probes"]
     assert agent.handle("status", {})["probes"] == probes and agent.handle("status", {})["costs"]["1"][3] == 0

@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from vllm_flying.controller.controller import Controller
-from vllm_flying.controller.cost_model import StepCost
+from vllm_flying.controller.cost_model import PROBE_STEPS, StepCost
 from vllm_flying.controller.observation import RateTracker
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
@@ -91,8 +91,9 @@ class SimulatedServer:
         self._learned = [{width: StepCost() for width in costs} for _ in range(layout.num_engines)]
         for learned in self._learned:
             for width, cost in learned.items():
-                # A probe sees forward passes alone, and no sampling.
-                cost.seed([(tokens, 0.9 * costs[width][0] + costs[width][1] * tokens) for tokens in (1, 32, 128)])
+                # A probe sees no sampling; here none of what a decoding request takes beyond a prompt token.
+                fixed, per_token = 0.9 * costs[width][0], costs[width][1]
+                cost.seed([(prompt, decodes, fixed + per_token * (prompt + decodes)) for prompt, decodes in PROBE_STEPS])
         self._counters = dict.fromkeys(
             ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished"), 0
         )

@@ -15,8 +15,8 @@ def describe_step_costs(status: Mapping[str, Any]) -> Iterator[str]:
         for width, cost in sorted(engine["step_costs"].items(), key=lambda item: int(item[0])):
             yield f"engine {engine['engine']}, width {width}: {_cost(cost)}"
             if cost["probe"]:
-                passes = ", ".join(f"{_count(tokens, 'token')} {_ms(seconds)}" for tokens, seconds in cost["probe"])
-                yield f"engine {engine['engine']}, width {width}: the probe at start ran forward passes of {passes}"
+                steps = ", ".join(f"{_probed(*numbers)} {_ms(seconds)}" for *numbers, seconds in cost["probe"])
+                yield f"engine {engine['engine']}, width {width}: the probe at start ran steps of {steps}"
 
 
 def why_no_step_costs(status: Mapping[str, Any]) -> str:
@@ -40,6 +40,11 @@ def _cost(cost: Mapping[str, Any]) -> str:
         f"a step with 1 request {step}, each further one {_ms(cost['decode_s'])}, a prompt token "
         f"{_ms(cost['prompt_token_s'])} ({source})"
     )
+
+
+def _probed(prompt_tokens: float, decodes: float) -> str:
+    prompt = f"{_count(prompt_tokens, 'prompt token')} and " if prompt_tokens else ""
+    return prompt + _count(decodes, "request")
 
 
 def _count(number: float, name: str) -> str:

@@ -20,6 +20,8 @@ ENOUGH_STEPS = 30
 MEMORY_STEPS = 16
 # A step that takes so many times what its kind takes was held up by something else.
 HELD_UP = 4.0
+# What a probe runs: (prompt tokens, decoding requests). Few, so that a start is hardly longer, of small and large steps.
+PROBE_STEPS = ((0, 1), (31, 1), (0, 32), (127, 1), (0, 128))
 # A probe's kind counts as so many real steps, once there are any.
 STAND_IN = 0.05
 # So that three numbers come out of fewer kinds: what can't be told apart is a cost of every step.
@@ -84,11 +86,9 @@ class StepCost:
         self._numbers = None
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
-        """Learn from a probe: (tokens, seconds) of forward passes. A token costs the same whatever it is."""
-        for tokens, seconds in probes:
-            _add(self._probed, 0, int(tokens), seconds)
-            if tokens > 1:
-                _add(self._probed, int(tokens) - 1, 1, seconds)
+        """Learn from a probe: (prompt tokens, decoding requests, seconds) of steps."""
+        for prompt_tokens, decodes, seconds in probes:
+            _add(self._probed, int(prompt_tokens), int(decodes), seconds)
         if self._probed:
             self._probe_numbers = _fit(self._probed.values())
         self._numbers = None
@@ -113,7 +113,7 @@ class StepCost:
         ]
 
     def _beyond_probe(self) -> tuple[float, float]:
-        """Seconds per step and per decoding request that a forward pass doesn't have: scheduling, sampling."""
+        """Seconds per step and per decoding request that a probe doesn't have: scheduling, sampling."""
         if self._probe_numbers is None:
             return 0.0, 0.0
         fixed, prompt, decode = self._probe_numbers

@@ -137,7 +137,7 @@ async def _status(flying: Any) -> dict[str, Any]:
 
 
 def _engine_costs(status: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By width what this engine has learned, from how many `steps` of its own, and the (tokens, seconds) of its probe."""
+    """By width what this engine has learned, from how many `steps` of its own, and its probe: see `worker.probe`."""
     return {
         width: {**dict(zip(COSTS, report)), "steps": report[3], "probe": status["probes"].get(width, [])}
         for width, report in status["costs"].items()

@@ -24,7 +24,7 @@ class EngineReports:
     def __init__(self, agent: EngineAgent, call_workers: WorkerCall) -> None:
         self._agent = agent
         self._call_workers = call_workers
-        self._probes: dict[int, list[tuple[int, float]]] | None = None
+        self._probes: dict[int, list[tuple[int, int, float]]] | None = None
 
     def status(self) -> dict[str, Any]:
         """What this engine does now."""

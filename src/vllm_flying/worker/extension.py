@@ -53,7 +53,7 @@ class WorkerExtension(GroupCalls):
     local_rank: int
     rank: int
     _flying_pids: list[int]
-    _flying_probe_results: dict[int, list[tuple[int, float]]]
+    _flying_probe_results: dict[int, list[tuple[int, int, float]]]
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
@@ -166,8 +166,8 @@ class WorkerExtension(GroupCalls):
                     self._flying_probe_results[layout.width] = probe_runner(layout.runner, most)
         return times
 
-    def flying_probes(self) -> dict[int, list[tuple[int, float]]]:
-        """What forward passes cost in each layout, measured at start."""
+    def flying_probes(self) -> dict[int, list[tuple[int, int, float]]]:
+        """What steps cost in each layout, measured at start."""
         return self._flying_probe_results
 
     def _flying_with_runner(self, layout: WorkerLayout, call: Any) -> Any:
