@@ -218,6 +218,24 @@ def test_engines_prove_as_they_move_unless_something_is_to_be_copied_first(metho
     assert [call.operation for call in calls] == (["commit", "commit"] if proving else ["prove"])
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_the_proof_comes_with_the_copies(right: bool) -> None:
+    transaction = SwitchTransaction(1, Layout.separate(2), Layout.of([[0, 1]], 2), "migrate")
+    transaction.start()
+    for engine in (0, 1):
+        reply = {"free_pages": 5, "returnable_pages": 0, "begun": 1, "paused_widths": [1]}
+        transaction.replied(engine, {**reply, "kept": (1, 1), "page_tokens": 1})
+    offer = {"request_id": "r", "width": 1, "tokens": 1, "packed": b"r", "pages": [1]}
+    transaction.replied(0, moved(5, offer))
+    (admission,) = transaction.replied(1, moved(5))
+    admitted = {"r": {"target_pages": [1], "first_block": 0, "last_block": 1}}
+    (transfer,) = transaction.replied(admission.engine, {"admitted": admitted})
+    assert transfer.operation == "transfer"
+    proof = [{"engine": engine, "tp_size": 2, "tp_rank": engine if right else 0} for engine in (0, 1)]
+    calls = transaction.replied(0, {"bytes": 1, "seconds": 0.1, "proof": proof})
+    assert [call.operation for call in calls] == (["release"] * 2 if right else ["move"] * 2)
+
+
 @pytest.mark.parametrize(("kept", "carrying"), [((0, 0), True), ((1, 100), True), ((1, 161), False)])
 def test_hot_prefixes_cost_a_round_and_give_their_pages_up_where_requests_may_need_room(
     kept: tuple[int, int], carrying: bool

@@ -91,11 +91,12 @@ class SteppedEngine:
             return [{}]
         if method == "flying_kernel_block_tokens":
             return [PAGE_TOKENS]
+        proof = [{"engine": e, "tp_size": len(group), "tp_rank": rank} for rank, e in enumerate(group)]
         if (method, arguments[0]) in (("flying_together", "prove"), ("flying_lead", len(group))):
-            return [[{"engine": e, "tp_size": len(group), "tp_rank": rank} for rank, e in enumerate(group)]]
+            return [proof]
         if arguments[0] == "transfer":
             self.copies = arguments[1]
-        return [{"bytes": 0, "seconds": 0.0}]
+        return [{"bytes": 0, "seconds": 0.0, "proof": proof}]
 
     def _tell_of_pages(self, method: str, arguments: tuple[Any, ...], group: Group) -> None:
         members = [

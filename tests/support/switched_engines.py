@@ -188,7 +188,7 @@ class Engine:
                 if self.engine in move[end]:
                     backed = self.leases.virtual_pages(len(move[end])) if len(move[end]) > 1 else set(range(1, NUM_PAGES))
                     assert set(move[f"{end}_pages"]) <= backed
-        return {"bytes": 0, "seconds": 0.0}
+        return {"bytes": 0, "seconds": 0.0, "proof": self.prove() if self.leads else []}
 
     def prove(self) -> list[dict[str, int]]:
         return [{"engine": e, "tp_size": len(self.group), "tp_rank": i} for i, e in enumerate(self.group)]

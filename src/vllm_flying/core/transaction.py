@@ -147,6 +147,7 @@ class SwitchTransaction:
             self.journey.admitted(engine, result)
         elif self.phase is Phase.TRANSFER:
             self.journey.transferred(result)
+            self.proof.extend(result["proof"])
         elif self.phase is Phase.PROVE:
             self.proof.extend(result)
         elif self.phase is Phase.RELEASE:
@@ -263,7 +264,10 @@ class SwitchTransaction:
         ]
 
     def _may_offer(self) -> bool:
-        """Where there is nothing to copy before the proof, engines prove as they move: one round less."""
+        """Engines prove as they move, or once KV is copied, in the same call: the proof is no round of its own.
+
+        They offer requests where there may be something to copy.
+        """
         begun = any(reply["begun"] for reply in self.prepared.values())
         return self._something_is_kept() or begun or self.carries_prefixes
 

@@ -309,10 +309,11 @@ class EngineAgent:
         return int(self._call_workers("flying_kernel_block_tokens")[0])
 
     def transfer(self, epoch: int, moves: list[dict[str, Any]], states: dict[str, bytes]) -> dict[str, Any]:
-        """Leaders: have the group's workers copy KV; all groups concerned must be told at once."""
+        """Leaders: have the group's workers copy KV and prove; all groups concerned must be told at once."""
         self._check_prepared(epoch)
         replies: list[dict[str, Any]] = self._call_workers("flying_together", ("transfer", moves, states))
-        return {"bytes": sum(r["bytes"] for r in replies), "seconds": max(r["seconds"] for r in replies)}
+        sent, seconds = sum(r["bytes"] for r in replies), max(r["seconds"] for r in replies)
+        return {"bytes": sent, "seconds": seconds, "proof": replies[0]["proof"]}
 
     def prove(self) -> Proof:
         """From leaders and engines by themselves."""

@@ -145,7 +145,7 @@ USED = [
     *_group("vllm.config.model", "what a model needs, and whether it is supported", *(f"ModelConfig.{name}" for name in (
         "architecture", "dtype", "hf_text_config", "max_model_len", "quantization", "runner_type", "seed", "is_moe",
         "use_mla", "is_hybrid", "is_attention_free", "is_encoder_decoder", "is_multimodal_model", "get_total_num_kv_heads",
-        "get_head_size", "get_total_num_hidden_layers", "get_sliding_window"))),
+        "get_head_size", "get_total_num_hidden_layers", "get_sliding_window", "head_dtype"))),
     *_group("vllm.config.parallel", "configs per layout", "ParallelConfig.tensor_parallel_size", "ParallelConfig.world_size",
             "ParallelConfig.data_parallel_index"),
     *_group("vllm.config.scheduler", "one scheduler per width", "SchedulerConfig.async_scheduling",
@@ -233,6 +233,8 @@ USED = [
             "ParallelLMHead", "UnquantizedEmbeddingMethod", "VocabParallelEmbedding.num_embeddings_per_partition",
             "VocabParallelEmbedding.output_partition_sizes", "VocabParallelEmbedding.quant_method",
             "VocabParallelEmbedding.tp_size"),
+    *_group("vllm.model_executor.layers.logits_processor", "whether logits are used as they are", "LogitsProcessor",
+            "LogitsProcessor.scale", "LogitsProcessor.soft_cap"),
     Symbol("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", "packing of tiles",
            ("layer", "remove_weight")),
     Symbol("vllm.utils.torch_utils", "set_default_torch_dtype", "models of wider layouts", ("dtype",)),

@@ -92,11 +92,11 @@ class GroupCalls:
         ]
 
     def _flying_do_transfer(self, moves: list[dict[str, Any]], states: Mapping[str, bytes]) -> dict[str, Any]:
-        """Copy KV into the present layout and have its runner know the requests."""
+        """Copy KV into the present layout, have its runner know the requests, and prove: see `_flying_do_prove`."""
         install_states(self._flying.active.runner, states)
         kv_moves = [KVMove.from_dict(move) for move in moves]
         alone = self._flying[1]
-        return move_kv(
+        moved = move_kv(
             kv_moves,
             TransferPlace(
                 engine=self._flying_place.engine,
@@ -109,6 +109,7 @@ class GroupCalls:
             lambda width: self._flying[width].tensor_parallel_group.device_group,
             self._flying_transport,
         )
+        return moved | {"proof": self._flying_do_prove()}
 
     def _flying_physical(self, width: int, pages: Sequence[int]) -> Sequence[int]:
         return pages if width == 1 else self._flying[width].pages.physical(pages)
