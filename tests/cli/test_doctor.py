@@ -47,7 +47,7 @@ class Recorded:
         return [
             {
                 "engine": engine, "state": "serving", "group": [engine], "pages": {}, "scheduled_tokens": 0, "running": 0,
-                "waiting": 0, "paused": 0, "kv_tokens_capacity": 1000, "kv_tokens_used": 0,
+                "waiting": 0, "paused": 0, "kv_tokens_capacity": 1000, "kv_tokens_used": 0, "pace": 1.0,
                 "costs": {str(width): cost.report() for width, cost in costs.items()},
                 "probes": {str(width): PROBES[width] for width in costs},
             }

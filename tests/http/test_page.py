@@ -79,7 +79,7 @@ class Recorded:
         state = "serving" if len(group) == 1 else "leading" if engine == group[0] else "parked"
         return {
             "engine": engine, "state": state, "group": group, "pages": {}, "scheduled_tokens": 0, "costs": {}, "running": running,
-            "waiting": waiting, "paused": paused, "kv_tokens_capacity": 1000 * len(group), "kv_tokens_used": 250,
+            "pace": 1.0, "waiting": waiting, "paused": paused, "kv_tokens_capacity": 1000 * len(group), "kv_tokens_used": 250,
         }  # fmt: skip
 
     def check(self, groups: list[list[int]], method: str) -> Layout:

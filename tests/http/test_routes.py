@@ -36,7 +36,7 @@ class Flying:
             return [[{"weight_bytes_one_copy": 1}]] * 2
         load = {"running": 0, "waiting": 0, "paused": 0, "kv_tokens_capacity": 100, "kv_tokens_used": 7, "scheduled_tokens": 0}
         return [
-            {"engine": engine, "state": "serving", "group": [engine], "pages": {}, "costs": {}, "probes": {}, **load}
+            {"engine": engine, "state": "serving", "group": [engine], "pages": {}, "pace": 1.0, "costs": {}, "probes": {}, **load}
             for engine in range(2)
         ]
 

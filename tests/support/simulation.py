@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from statistics import mean
@@ -18,6 +18,7 @@ from typing import Any
 from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.cost_model import PROBE_STEPS, StepCost
 from vllm_flying.controller.observation import RateTracker
+from vllm_flying.controller.pace import Pace
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 from vllm_flying.frontend.observe import observe
@@ -65,7 +66,7 @@ class _Group:
 
 
 class SimulatedServer:
-    """Takes requests until all are done. With a controller, its layouts change."""
+    """Takes requests until all are done. With a controller, its layouts change. `pace` is how slow it is at a time."""
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class SimulatedServer:
         seed: int = 0,
         began: datetime | None = None,
         schedule: Schedule | None = None,
+        pace: Callable[[float], float] = lambda now: 1.0,
     ) -> None:
         self.layout = layout
         self.switches: list[tuple[float, Layout]] = []
@@ -88,6 +90,7 @@ class SimulatedServer:
         self._target: Layout | None = None
         self._asked = 0.0
         self._at_rest_until = 0.0
+        self._pace, self._paces = pace, [Pace() for _ in range(layout.num_engines)]
         self._learned = [{width: StepCost() for width in costs} for _ in range(layout.num_engines)]
         for learned in self._learned:
             for width, cost in learned.items():
@@ -153,8 +156,9 @@ class SimulatedServer:
         prompt_tokens, decodes = _made_up_of(group.chunks)
         fixed, per_token, per_decode = self._costs[len(group.engines)]
         seconds = fixed + per_token * prompt_tokens + per_decode * decodes
-        seconds *= 1 + self._noise * self._random.uniform(-1, 1)
-        self._learned[group.engines[0]][len(group.engines)].learn(prompt_tokens, decodes, seconds)
+        seconds *= self._pace(now) * (1 + self._noise * self._random.uniform(-1, 1))
+        engine, width = group.engines[0], len(group.engines)
+        self._learned[engine][width].learn(prompt_tokens, decodes, seconds, self._paces[engine])
         group.step_ends = now + seconds
 
     def _end_step(self, group: _Group, now: float) -> None:
@@ -204,6 +208,7 @@ class SimulatedServer:
             own = group.requests if engine == group.engines[0] else []
             running = [request for request in own if request.computed]
             statuses.append({
+                "pace": self._paces[engine].factor,
                 "running": len(running), "waiting": len(own) - len(running), "paused": 0,
                 "prompt_tokens_queued": sum(request.prompt - request.computed for request in own),
                 "kv_tokens_capacity": KV_TOKENS * len(group.engines),

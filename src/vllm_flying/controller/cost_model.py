@@ -3,7 +3,7 @@
 Pure; numpy for a fit of three numbers. A step of `p` prompt tokens and `d` decoding requests takes about `fixed +
 per_prompt_token * p + per_decode * d` seconds. Steps of about the same make-up are averaged, each kind by itself, and
 the numbers are fitted to the kinds: a quiet hour doesn't make the server forget what a full batch costs. A probe at
-start stands in for kinds that haven't run yet.
+start stands in for kinds that haven't run yet. How slow the machine is at a time is told apart (`controller.pace`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from vllm_flying.controller.pace import HELD_UP, Pace
+
 # Below this a fitted number is noise: no step is free, and none gets cheaper with more work.
 LEAST = 1e-9
 ENOUGH_STEPS = 30
 # A kind of steps follows its last ones, as many as this.
-MEMORY_STEPS = 16
-# A step that takes so many times what its kind takes was held up by something else.
-HELD_UP = 4.0
+MEMORY_STEPS = 1024
+# Of a kind that was seen so often enough is known.
+KNOWN_STEPS = 16
 # What a probe runs: (prompt tokens, decoding requests). Few, so that a start is hardly longer, of small and large steps.
 PROBE_STEPS = ((0, 1), (31, 1), (0, 32), (127, 1), (0, 128))
 # A probe's kind counts as so many real steps, once there are any.
@@ -38,8 +40,13 @@ class _Kind:
     seconds: float
     steps: float = 1
 
+    @property
+    def is_known(self) -> bool:
+        """Whether `seconds` is what such steps usually take."""
+        return self.steps >= KNOWN_STEPS
+
     def add(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
-        if self.steps >= MEMORY_STEPS:
+        if self.is_known:
             seconds = min(seconds, HELD_UP * self.seconds)
         self.steps += 1
         share = 1.0 / min(self.steps, MEMORY_STEPS)
@@ -63,6 +70,7 @@ class StepCost:
     """The fit of the probe alone; None without one."""
     _numbers: tuple[float, float, float] | None = None
     """The fit, kept while nothing is learned: engines are asked for it between steps, and in every switch."""
+    _last_fit: tuple[float, float, float] | None = None
 
     @property
     def known(self) -> bool:
@@ -79,11 +87,24 @@ class StepCost:
         fixed, _, per_decode = self.numbers()
         return fixed + per_decode * requests
 
-    def learn(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
-        """A step was run."""
+    def learn(self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None) -> None:
+        """A step was run. With the engine's `pace`, what such a step usually takes is learned, whatever it took now."""
+        if pace is not None:
+            seconds = pace.usual(seconds, self._usual_s(prompt_tokens, decodes))
         _add(self._seen, prompt_tokens, decodes, seconds)
         self.steps += 1
         self._numbers = None
+
+    def _usual_s(self, prompt_tokens: int, decodes: int) -> float | None:
+        """By the last fit, put right by what is known of the step's kind; None if few steps of any kind were seen."""
+        if self.steps < ENOUGH_STEPS or self._last_fit is None:
+            return None
+        fixed, prompt, decode = self._last_fit
+        here = fixed + prompt * prompt_tokens + decode * decodes
+        kind = self._seen.get(_key(prompt_tokens, decodes))
+        if kind is None or not kind.is_known:
+            return here
+        return kind.seconds * here / (fixed + prompt * kind.prompt_tokens + decode * kind.decodes)
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
         """Learn from a probe: (prompt tokens, decoding requests, seconds) of steps."""
@@ -100,7 +121,7 @@ class StepCost:
     def numbers(self) -> tuple[float, float, float]:
         """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
         if self._numbers is None:
-            self._numbers = _fit([*self._seen.values(), *self._stand_ins()])
+            self._numbers = self._last_fit = _fit([*self._seen.values(), *self._stand_ins()])
         return self._numbers
 
     def _stand_ins(self) -> list[_Kind]:
@@ -128,8 +149,12 @@ class StepCost:
         return float(per_step), float(per_decode)
 
 
+def _key(prompt_tokens: int, decodes: int) -> tuple[int, int]:
+    return prompt_tokens.bit_length(), decodes.bit_length()
+
+
 def _add(kinds: Kinds, prompt_tokens: int, decodes: int, seconds: float) -> None:
-    key = (prompt_tokens.bit_length(), decodes.bit_length())
+    key = _key(prompt_tokens, decodes)
     if key in kinds:
         kinds[key].add(prompt_tokens, decodes, seconds)
     else:
@@ -150,7 +175,7 @@ def _fit(kinds: Iterable[_Kind]) -> tuple[float, float, float]:
 
 def _weights(kinds: Iterable[_Kind]) -> np.ndarray:
     """So that relative errors count, and kinds that were seen more often count more."""
-    return np.array([np.sqrt(min(kind.steps, MEMORY_STEPS)) / max(kind.seconds, LEAST) for kind in kinds])
+    return np.array([np.sqrt(min(kind.steps, KNOWN_STEPS)) / max(kind.seconds, LEAST) for kind in kinds])
 
 
 def _not_negative(rows: np.ndarray, goals: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from vllm_flying.frontend.switcher import SwitchFailed
 PREFIX = "/plugins/flying"
 PAGE = Path(__file__).parent / "page" / "index.html"
 COSTS = ("step_s", "prompt_token_s", "decode_s")
-ENGINE_FIELDS = ("engine", "state", "group", "pages", "scheduled_tokens")
+ENGINE_FIELDS = ("engine", "state", "group", "pages", "scheduled_tokens", "pace")
 
 
 class SwitchBody(BaseModel):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_flying.controller.cost_model import StepCost
+from vllm_flying.controller.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,11 @@ class _Step:
 
 
 class EngineMeter:
-    """Counters since start, and one cost fit per width."""
+    """Counters since start, one cost fit per width, and how slow the machine is now."""
 
     def __init__(self, widths: Iterable[int]) -> None:
         self.costs = {width: StepCost() for width in widths}
+        self.pace = Pace()
         self.requests_added = 0
         self.prompt_tokens_added = 0
         self.requests_finished = 0
@@ -63,7 +65,8 @@ class EngineMeter:
         if step is None:
             return
         now = time.perf_counter()
-        self.costs[width].learn(step.prompt_tokens, step.decodes, now - max(step.started, self._last_end))
+        took = now - max(step.started, self._last_end)
+        self.costs[width].learn(step.prompt_tokens, step.decodes, took, self.pace)
         self._last_end = now
         for request in step.requests:
             if request.is_finished():
@@ -89,5 +92,6 @@ class EngineMeter:
             "seconds_served": self.seconds_served,
             "prompt_tokens_served": self.prompt_tokens_served,
             "output_tokens_served": self.output_tokens_served,
+            "pace": self.pace.factor,
             "costs": {str(width): cost.report() for width, cost in self.costs.items() if cost.known},
         }

@@ -1,0 +1,42 @@
+"""A slow machine is told from a dear layout."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_flying.controller.cost_model import StepCost
+from vllm_flying.controller.pace import HELD_UP, Pace
+
+
+@given(st.floats(0.3, 3.5))
+def test_a_lasting_slowness_is_the_paces_and_not_the_costs(slow: float) -> None:
+    cost, pace = StepCost(), Pace()
+    for steps, factor in ((4000, 1.0), (200, slow)):
+        for index in range(steps):
+            decodes = 1 + index % 4
+            cost.learn(0, decodes, factor * (0.020 + 0.001 * decodes), pace)
+            if index % 16 == 0:
+                cost.numbers()
+    assert pace.factor == pytest.approx(slow, rel=0.1)
+    assert cost.decode_step_s(2) == pytest.approx(0.022, rel=0.1)
+
+
+def test_steps_of_another_layout_are_learned_at_the_present_pace() -> None:
+    alone, merged, pace = StepCost(), StepCost(), Pace()
+    for factor in (1.0, 1.5):
+        for _ in range(200):
+            merged.learn(0, 1, 0.010 * factor, pace)
+            merged.numbers()
+    for _ in range(40):
+        alone.learn(0, 1, 0.020 * 1.5, pace)
+    assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.1)
+
+
+def test_one_step_that_was_held_up_changes_little() -> None:
+    pace = Pace()
+    assert pace.usual(10.0, 0.01) < 10.0
+    assert 1.0 < pace.factor <= 1.0 + (HELD_UP - 1.0) / 32
+    pace.usual(1.0, None)
+    assert pace.factor <= 1.0 + (HELD_UP - 1.0) / 32, "of steps that nobody knows nothing is learned"
