@@ -71,6 +71,10 @@ def test_workers_of_engines_without_steps_wake_while_the_switch_is_prepared(
     assert woken == [("prepare", 0), ("prepare", 1)]
     server.switch(DP, before=look)
     assert woken[2:] == [("prepare", 0)], "those of a parked engine follow the leader's"
+    server.send(1, make_request("r", 20, 50))
+    server.step()
+    server.switch(TP, before=look)
+    assert woken[3:] == [("prepare", 0)], "those of an engine that steps are awake"
 
 
 @pytest.mark.parametrize("first", ["admit", "transfer"])
