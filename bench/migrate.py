@@ -19,10 +19,17 @@ from bench.report import markdown, stolen_seconds, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.background import Background
 from tests.support.server import Server
+from vllm_flying.settings import Settings
 
 DP, TP = [[0], [1]], [[0, 1]]
 LONG_TOKENS = 1900
 """Of the prompts that fill the KV caches; the servers' limit is 2048."""
+COLUMNS = ["prompt tokens of each request", "copies ahead", "MB between workers ahead, at rest", "migration MB/s",
+           "plain exchange MB/s", "ratio", "plain read MB/s", "ratio", "plain read and own copy MB/s", "ratio",
+           "engines at rest, ms", "usual gap apart, merged, ms", "gap at a switch, median ms", "longest ms",
+           "own KV over that rate + 2 steps + 20 ms", "within that", "undisturbed ones"]  # fmt: skip
+RESTING = ("move", "admit", "transfer", "prove", "release", "commit")
+"""Phases in which all engines stand still."""
 REFERENCES = ("flying_copy_rate", "flying_read_rate", "flying_move_rate")
 """Plain copies between workers: sent, read in place, and read in place with as much copied within each worker."""
 
@@ -50,33 +57,41 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="prompt tokens per request")
     parser.add_argument("--requests", type=int, default=6)
     parser.add_argument("--switches", type=int, default=8, help="per prompt length; an even number")
+    parser.add_argument("--precopy-bytes", type=int, nargs="+", default=[Settings.precopy_bytes, 0], help="see docs/settings.md")
     add_model_options(parser)
     add_server_options(parser, "float32")
     arguments = parser.parse_args()
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # vLLM's routes for calls to workers and for resetting prefixes
     model = model_of(arguments)
     rows, data = [], {}
-    with bench_server(model, *server_flags(arguments), flying=True, environment=environment) as server:
-        asyncio.run(fill(server))
-        for tokens in arguments.tokens:
-            records, gaps = measure(server, arguments.requests, tokens, arguments.switches)
-            moved = median(record["kv"]["bytes"] for record in records)
-            rate = median(record["kv"]["bytes_per_s"] for record in records)
-            plain, read, work = (plain_rate(server, call, int(moved)) for call in REFERENCES)
-            allowed = moved / arguments.requests / rate + gaps.two_steps_s + 0.020
-            longest = gaps.undisturbed + gaps.disturbed
-            data[tokens] = {"records": records, "plain_bytes_per_s": plain, "read_bytes_per_s": read,
-                            "read_and_copy_bytes_per_s": work, "gaps_s": gaps.undisturbed, "disturbed_gaps_s": gaps.disturbed, "allowed_gap_s": allowed}
-            rows.append([tokens, f"{moved / 1e6:.1f}", f"{rate / 1e6:.0f}", *against(rate, plain),
-                         *(cell for best in (read, work) for cell in (against(rate, best) if best else ("", ""))),
-                         f"{1e3 * gaps.apart_s:.0f}, {1e3 * gaps.merged_s:.0f}", f"{1e3 * median(longest):.0f}", f"{1e3 * max(longest):.0f}",
-                         f"{1e3 * allowed:.0f}", share_within(longest, allowed), share_within(gaps.undisturbed, allowed)])  # fmt: skip
-            print(rows[-1], flush=True)
-    columns = ["prompt tokens of each request", "MB between workers", "migration MB/s", "plain exchange MB/s", "ratio",
-               "plain read MB/s", "ratio", "plain read and own copy MB/s", "ratio",
-               "usual gap apart, merged, ms", "gap at a switch, median ms", "longest ms", "own KV over that rate + 2 steps + 20 ms",
-               "within that", "undisturbed ones"]  # fmt: skip
-    write("migrate", data, markdown(columns, rows))
+    for most in arguments.precopy_bytes:
+        options: dict[str, Any] = {"environment": environment, "settings": {"precopy_bytes": most}}
+        with bench_server(model, *server_flags(arguments), flying=True, **options) as server:
+            asyncio.run(fill(server))
+            for tokens in arguments.tokens:
+                row, data[f"{tokens} tokens, {most} bytes ahead"] = of_length(server, tokens, arguments)
+                rows.append([tokens, "yes" if most else "no", *row])
+                print(rows[-1], flush=True)
+    write("migrate", data, markdown(COLUMNS, rows))
+
+
+def of_length(server: Server, tokens: int, arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Of requests with such prompts: a row of the table, and what it comes from."""
+    records, gaps = measure(server, arguments.requests, tokens, arguments.switches)
+    ahead, at_rest = (median(record[when]["bytes"] for record in records) for when in ("precopied", "kv"))
+    seconds = median(record["kv"]["seconds"] + record["precopied"]["seconds"] for record in records)
+    resting = median(sum(record["seconds"][phase] for phase in RESTING) for record in records)
+    moved, rate = ahead + at_rest, (ahead + at_rest) / seconds
+    plain, read, work = (plain_rate(server, call, int(moved)) for call in REFERENCES)
+    allowed = moved / arguments.requests / rate + gaps.two_steps_s + 0.020
+    longest = gaps.undisturbed + gaps.disturbed
+    data = {"records": records, "plain_bytes_per_s": plain, "read_bytes_per_s": read,
+            "read_and_copy_bytes_per_s": work, "gaps_s": gaps.undisturbed, "disturbed_gaps_s": gaps.disturbed, "allowed_gap_s": allowed}
+    row = [f"{ahead / 1e6:.1f}, {at_rest / 1e6:.1f}", f"{rate / 1e6:.0f}", *against(rate, plain),
+           *(cell for best in (read, work) for cell in (against(rate, best) if best else ("", ""))), f"{1e3 * resting:.1f}",
+           f"{1e3 * gaps.apart_s:.0f}, {1e3 * gaps.merged_s:.0f}", f"{1e3 * median(longest):.0f}", f"{1e3 * max(longest):.0f}",
+           f"{1e3 * allowed:.0f}", share_within(longest, allowed), share_within(gaps.undisturbed, allowed)]  # fmt: skip
+    return row, data
 
 
 def share_within(gaps: list[float], allowed: float) -> str:

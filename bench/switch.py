@@ -21,6 +21,8 @@ from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
 from vllm_flying.core.topology import available_widths, groups_of_width
 
+RUNNING = ("prepare", "extend")
+"""Phases in which engines step, some of them at least."""
 Groups = list[list[int]]
 Pair = tuple[Groups, Groups]
 Record = dict[str, Any]
@@ -116,9 +118,9 @@ def times_table(cases: dict[str, list[Record]], pairs: Sequence[Pair], restart_s
     for name, (source, target), chosen in by_pair(cases, pairs):
         # On a shared host: switches during which the host left this machine's processors alone.
         undisturbed = [record for record in chosen if not record["stolen_ms"]]
-        at_rest = [1e3 * (r["seconds"]["total"] - r["seconds"]["prepare"] - r["seconds"]["extend"]) for r in chosen]
+        at_rest = [1e3 * (r["seconds"]["total"] - sum(r["seconds"][phase] for phase in RUNNING)) for r in chosen]
         moved = sum(record["requests"]["moved"] for record in chosen) / len(chosen)
-        megabytes = sum(record["kv"]["bytes"] for record in chosen) / len(chosen) / 1e6
+        megabytes = sum(record["kv"]["bytes"] + record["precopied"]["bytes"] for record in chosen) / len(chosen) / 1e6
         rate = median(record["kv"]["bytes_per_s"] for record in chosen) / 1e6
         rows.append([
             name, arrow(source, target), *reply_times(chosen), f"{median(at_rest):.1f}", len(undisturbed),
@@ -160,11 +162,11 @@ def arrow(source: Groups, target: Groups) -> str:
 
 
 def reply_times(records: list[Record]) -> list[str]:
-    """POST to reply; and without `prepare`, in which steps in flight end."""
+    """POST to reply; and without what is copied ahead, and without `prepare`, in which steps in flight end."""
     if not records:
         return [""] * 3
     replies = [record["reply_ms"] for record in records]
-    beyond = [record["reply_ms"] - 1e3 * record["seconds"]["prepare"] for record in records]
+    beyond = [r["reply_ms"] - 1e3 * (r["seconds"]["precopy"] + r["seconds"]["prepare"]) for r in records]
     return [f"{median(replies):.1f}", f"{percentile(replies, 99):.1f}", f"{median(beyond):.1f}"]
 
 

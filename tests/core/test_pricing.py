@@ -23,7 +23,7 @@ known = st.dictionaries(st.sampled_from("abcd"), st.builds(Price, seconds, secon
 def record(moved: int, num_bytes: int, copy_s: float, rounds_s: float) -> dict[str, object]:
     return {
         "requests": {"moved": moved},
-        "kv": {"bytes": num_bytes, "seconds": copy_s},
+        "kv": {"bytes": num_bytes, "seconds": copy_s}, "precopied": {"bytes": 0},
         "seconds": {"admit": rounds_s, "transfer": copy_s, "release": 0.0},
     }
 

@@ -53,7 +53,10 @@ def stock_tokens(stock: Reference) -> StockTokens:
 
 @pytest.fixture(scope="session")
 def two_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two engines that switch by hand and by hint only; the context is longer than what one of them can hold."""
+    """Two engines that switch by hand and by hint only; the context is longer than what one of them can hold.
+
+    What is more than a page is copied ahead of switches, a page at a time.
+    """
     model = make_checkpoint("llama", checkpoints)
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = (
@@ -61,7 +64,7 @@ def two_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "--scheduling-policy", "priority",
     )  # fmt: skip
     with Server(
-        model, log, *arguments, kv_bytes=KV_BYTES, api_key=API_KEY, settings={"paused_limit_s": 0.4},
+        model, log, *arguments, kv_bytes=KV_BYTES, api_key=API_KEY, settings={"paused_limit_s": 0.4, "precopy_bytes": KV_BYTES // (PAGES + 1)},
         environment={"VLLM_SERVER_DEV_MODE": "1"},
     ) as running:  # fmt: skip
         yield running

@@ -14,7 +14,7 @@ from vllm_flying.controller.response import HORIZON_S, Targets
 from vllm_flying.core.topology import Layout
 from vllm_flying.frontend import control_loop as module
 from vllm_flying.frontend.audit import read_decisions, sentence
-from vllm_flying.frontend.control_loop import DECISIONS_FILE, ControlLoop
+from vllm_flying.frontend.control_loop import DECISIONS_FILE, PRECOPY_FROM, ControlLoop
 from vllm_flying.frontend.metrics import metrics
 from vllm_flying.settings import Settings
 
@@ -52,7 +52,8 @@ class Recorded:
     def last_switch(self) -> None:
         return None
 
-    async def switch(self, target: Layout, *_: Any) -> dict[str, Any]:
+    async def switch(self, target: Layout, *_: Any, precopy_from: int | None) -> dict[str, Any]:
+        assert precopy_from == PRECOPY_FROM, "no request waits for it"
         self.present = target
         return {"outcome": "committed", "seconds": {"total": 0.01, "drain": 0.0}}
 

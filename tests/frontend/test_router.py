@@ -172,8 +172,8 @@ def test_a_group_is_formed_for_a_hint_unless_it_is_to_run_where_it_can(
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     server = Server(tmp_path, None, on_hint=on_hint)
 
-    async def switch(target: Layout, method: str, timeout_s: float, reason: str) -> None:
-        assert reason == "hint for width 2"
+    async def switch(target: Layout, method: str, timeout_s: float, reason: str, precopy_from: int | None) -> None:
+        assert reason == "hint for width 2" and precopy_from is None
         server.announce(target.to_lists())
 
     monkeypatch.setattr(server.router.switcher, "switch", switch)

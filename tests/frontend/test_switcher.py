@@ -26,6 +26,7 @@ class Engines:
     """Two engines that do as they are told, some operations slowly. What is offered waits for room."""
 
     num_engines = 2
+    seem_idle = True
 
     def __init__(self, slow: dict[str, float]) -> None:
         self.slow = slow

@@ -34,6 +34,7 @@ class Engines:
     """Two engines that do as they are told; engine 1 may refuse to prepare."""
 
     num_engines = 2
+    seem_idle = True
 
     def __init__(self, refuse: bool = False) -> None:
         self._refuse = refuse
@@ -99,6 +100,7 @@ def test_a_switch_is_one_span(spans: Any, tmp_path: Path) -> None:
         "flying.reason": "operator", "flying.outcome": "committed", "flying.waves": 1, "flying.requests.moved": 0,
         "flying.requests.paused": 6, "flying.requests.finished": 0, "flying.requests.recomputed": 0,
         "flying.prefixes.moved": 0, "flying.prefixes.tokens": 0, "flying.kv.bytes": 0,
+        "flying.precopied.bytes": 0,
     }  # fmt: skip
 
 

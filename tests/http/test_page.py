@@ -49,6 +49,7 @@ def record(source: list[list[int]], target: list[list[int]], epoch: int) -> dict
     return {
         "epoch": epoch, "from": source, "to": target, "reason": "operator", "method": "migrate", "outcome": "committed",
         "error": None, "requests": {"paused": 2, "moved": 5}, "kv": {"bytes": 1 << 20, "seconds": 0.001, "bytes_per_s": 1 << 30},
+        "precopied": {"requests": 0, "bytes": 0, "seconds": 0.0},
         "waves": 1, "seconds": {**dict.fromkeys(PHASES, 0.001), "total": 0.0084}, "proof": [],
     }  # fmt: skip
 

@@ -21,6 +21,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_flying.core.precopy import Precopied, precopy
 from vllm_flying.core.topology import Group, Layout
 from vllm_flying.core.transaction import Phase, SwitchTransaction
 from vllm_flying.scheduler.agent import EngineAgent
@@ -75,6 +76,8 @@ class SteppedEngine:
         """What workers were last told to copy."""
         self.worker_pages: dict[int, PageMap] = {}
         """By width of a group: what workers were told of pages."""
+        self.on_schedule: Callable[[Any], None] = lambda output: None
+        """Told of every step before its results are in."""
         self._everyone = everyone
 
     def _call_workers(self, method: str, arguments: tuple[Any, ...] = (), non_block: bool = False) -> Any:
@@ -91,11 +94,15 @@ class SteppedEngine:
             return [{}]
         if method == "flying_kernel_block_tokens":
             return [PAGE_TOKENS]
+        if method == "flying_reads_others":
+            return [True]
         proof = [{"engine": e, "tp_size": len(group), "tp_rank": rank} for rank, e in enumerate(group)]
         if (method, arguments[0]) in (("flying_together", "prove"), ("flying_lead", len(group))):
             return [proof]
         if arguments[0] == "transfer":
             self.copies = arguments[1]
+        if arguments[0] == "precopy":
+            return [{"done": True, "seconds": 0.0}]
         return [{"bytes": 0, "seconds": 0.0, "proof": proof}]
 
     def _tell_of_pages(self, method: str, arguments: tuple[Any, ...], group: Group) -> None:
@@ -119,6 +126,7 @@ class SteppedEngine:
         if not facade.has_requests():
             return []
         output = facade.schedule()
+        self.on_schedule(output)
         self.started += [new.req_id for new in output.scheduled_new_reqs]
         self.resumed += list(output.scheduled_cached_reqs.resumed_req_ids)
         names, requests = list(output.num_scheduled_tokens), facade.active.requests
@@ -205,6 +213,19 @@ class SteppedServer:
                 for recipient, packed in reply["handover"].items():
                     self._call(int(recipient), "adopt", {"packed": packed}, before)
         return transaction
+
+    def precopy(self, groups: Sequence[Group], between: Callable[[str], None] = lambda operation: None) -> Precopied:
+        """Copy KV ahead of a switch, a page at a time; `between(operation)` is called ahead of every round."""
+        rounds = precopy(self.layout, Layout.of(groups, len(self.engines)), round_bytes=1, least_bytes=1)
+        calls = next(rounds)
+        while True:
+            between(calls[0].operation)
+            replies = {call.engine: self._call(call.engine, call.operation, call.arguments, None) for call in calls}
+            try:
+                calls = rounds.send(replies)
+            except StopIteration as end:
+                copied: Precopied = end.value
+                return copied
 
     def attempt(
         self, groups: Sequence[Group], phase: Phase, engine: int, acts: bool, before: Any = None

@@ -12,6 +12,8 @@ import numpy as np
 from vllm_flying.core.leases import PageNumbers, Pages, as_pages
 
 ALONE = 1
+NOBODY = 0
+"""In place of a width: nobody knows what a page holds."""
 
 
 class PageContents:
@@ -19,12 +21,12 @@ class PageContents:
 
     def __init__(self, num_pages: int) -> None:
         self._writer = np.zeros(num_pages, dtype=np.int32)
-        """Width of the layout whose KV a page holds; 0 if nobody knows."""
+        """Width of the layout whose KV a page holds."""
         self._former: dict[int, Pages] = {}
         """Per width: virtual page -> the physical page that stood behind it last."""
 
     def written(self, width: int, physical: PageNumbers) -> None:
-        """The layout of `width` has handed these pages out to requests."""
+        """The layout of `width` has handed these pages out to requests, or their KV was copied there for it."""
         self._writer[as_pages(physical)] = width
 
     def choose(self, width: int, virtual: Pages, free: Pages) -> Pages:
@@ -40,10 +42,23 @@ class PageContents:
         physical[again] = wanted[again]
         physical[~again] = free[~self._among(free, wanted[again])]
         strange = physical[~again]
-        self._writer[strange[self._writer[strange] == width]] = 0  # the KV of another virtual page of this group
+        self._writer[strange[self._writer[strange] == width]] = NOBODY  # the KV of another virtual page of this group
         former[self._among(former, physical)] = 0
         former[virtual] = physical
         return physical
+
+    def stand_in(self, width: int, virtual: Pages, physical: Pages) -> None:
+        """The group of `width` wants these pages behind `virtual` ones when it forms: they hold its KV already."""
+        former = self._former_of(width)
+        former[self._among(former, physical)] = 0
+        former[virtual] = physical
+        self._writer[physical] = width
+
+    def in_place(self, width: int) -> tuple[Pages, Pages]:
+        """Pages of the group of `width` that hold what it wrote last, if it forms now: its numbers and this engine's."""
+        former = self._former_of(width)
+        virtual = np.flatnonzero((former > 0) & (self._writer[former] == width)).astype(np.int32)
+        return virtual, former[virtual]
 
     def intact(self, width: int, virtual: Pages, physical: Pages) -> Pages:
         """Those of `virtual` that hold what the group of `width` wrote into them last."""

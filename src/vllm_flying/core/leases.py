@@ -38,6 +38,11 @@ class PageLeases:
         """Per group width: virtual page -> physical page, 0 where there is none."""
         self._lent = np.zeros(num_pages, dtype=bool)
 
+    def is_lent(self, physical: PageNumbers) -> np.ndarray:
+        """Of each page whether it is lent to any group."""
+        lent: np.ndarray = self._lent[as_pages(physical)]
+        return lent
+
     def lent_pages(self) -> set[int]:
         """Physical pages lent to any group."""
         return set(np.flatnonzero(self._lent).tolist())
@@ -58,10 +63,14 @@ class PageLeases:
 
     def next_virtual_pages(self, width: int, count: int) -> Pages:
         """The `count` lowest virtual pages that aren't backed yet: the same on every member."""
-        free = np.flatnonzero(self._map(width) == 0)[1:]
+        free = self.unbacked(width)
         if count > len(free):
             raise LeaseError(f"a group of width {width} asks for {count} more pages; {len(free)} numbers are left")
-        return free[:count].astype(np.int32)
+        return free[:count]
+
+    def unbacked(self, width: int) -> Pages:
+        """Virtual pages of the group of `width` that nothing stands behind, lowest first."""
+        return np.flatnonzero(self._map(width) == 0)[1:].astype(np.int32)
 
     def lend(self, width: int, virtual: PageNumbers, physical: PageNumbers) -> None:
         """Back `virtual` pages of the group of `width` by `physical` ones."""

@@ -29,8 +29,13 @@ class MoveRates:
         if not record["requests"]["moved"]:
             return self
         rounds = max(0.0, seconds["admit"] + seconds["transfer"] + seconds["release"] - kv["seconds"])
-        per_byte = kv["seconds"] / kv["bytes"] if kv["bytes"] else None
+        # Of what is left after copies ahead of a switch the time is rounds, not bytes.
+        per_byte = kv["seconds"] / kv["bytes"] if kv["bytes"] and not record["precopied"]["bytes"] else None
         return MoveRates(blend(self.rounds_s, rounds), blend(self.seconds_per_byte, per_byte))
+
+    def without_copies(self) -> MoveRates:
+        """For a switch that finds nearly all KV in place."""
+        return MoveRates(self.rounds_s, 0.0)
 
     def move_s(self, num_bytes: float) -> float | None:
         """Seconds to copy so much; the rounds apart."""

@@ -32,6 +32,8 @@ DECISIONS_FILE = "decisions.jsonl"
 RETRY_S = 5.0
 STATUS_LIMIT_S = 30.0
 CONTROLLER = "controller"
+# A better layout some steps sooner is worth more than a short pause: KV is copied ahead of it from so many rounds on.
+PRECOPY_FROM = 16
 
 
 class ControlLoop:
@@ -117,7 +119,11 @@ class ControlLoop:
         record: dict[str, Any] | None = None
         try:
             record = await self._switcher.switch(
-                plan.layout, self._settings.switch_method, self._settings.switch_timeout_s, f"{CONTROLLER}: {plan.rule}"
+                plan.layout,
+                self._settings.switch_method,
+                self._settings.switch_timeout_s,
+                f"{CONTROLLER}: {plan.rule}",
+                precopy_from=None if plan.urgent else PRECOPY_FROM,
             )
             seconds = record["seconds"]  # a soft switch delays nobody while it waits
             self.controller.switched(time.monotonic(), seconds["total"] - seconds["drain"])

@@ -22,6 +22,12 @@ class EngineCalls:
         """Engines of this server."""
         return len(self._client.core_engines)
 
+    @property
+    def seem_idle(self) -> bool:
+        """Whether no engine has a request, as far as this front end knows: it hears of others' ten times a second."""
+        elsewhere = any(waiting or running for waiting, running, _ in self._client.lb_engines)
+        return not self._client.reqs_in_flight and not elsewhere
+
     async def call(self, engine: int, operation: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run `operation` in the agent of `engine`; an Exception carries the engine's own words."""
         return await self._client._call_utility_async(

@@ -99,7 +99,7 @@ class Metrics:
             self._collectors["moved"].inc(record["requests"]["moved"])
             self._collectors["prefixes"].inc(record["prefixes"]["moved"])
             self._collectors["prefix_tokens"].inc(record["prefixes"]["tokens"])
-            self._collectors["bytes"].inc(record["kv"]["bytes"])
+            self._collectors["bytes"].inc(record["kv"]["bytes"] + record["precopied"]["bytes"])
 
     def hinted(self, hint: str, honoured: bool) -> None:
         """A request with a hint was routed."""

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_flying.core.precopy import NOTHING_COPIED, Precopied
 from vllm_flying.core.transaction import SwitchTransaction
 
-PHASES = ("drain", "prepare", "move", "admit", "transfer", "prove", "release", "commit", "extend")
+PHASES = ("precopy", "drain", "prepare", "move", "admit", "transfer", "prove", "release", "commit", "extend")
 
 
-def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], reason: str) -> dict[str, Any]:
-    """What one transaction did. `seconds` has the time of each phase and the `total`."""
+def switch_record(
+    transaction: SwitchTransaction, seconds: dict[str, float], reason: str, copied: Precopied = NOTHING_COPIED
+) -> dict[str, Any]:
+    """What one transaction did. `seconds` has the time of each phase and the `total`, of which what was `copied` before is no part."""
     journey = transaction.journey
     committed = transaction.holds
     moved = len(journey.arrived) if committed else 0
@@ -39,8 +42,9 @@ def switch_record(transaction: SwitchTransaction, seconds: dict[str, float], rea
         "recomputed_tokens": journey.recomputed_tokens if committed else 0,
         "prefixes": journey.prefixes.report() if committed else {"moved": 0, "tokens": 0},
         "kv": journey.report(),
+        "precopied": copied.report(),
         "waves": 1,
-        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        "seconds": {name: round(value, 6) for name, value in {**seconds, "precopy": copied.took_s}.items()},
         "proof": transaction.proof,
     }
 

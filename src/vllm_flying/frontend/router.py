@@ -197,7 +197,7 @@ class Router:
             target = Layout.of(groups_with_width(groups, width, self.engines.num_engines), self.engines.num_engines)
             try:
                 await self.switcher.switch(
-                    target, self.settings.switch_method, self.settings.switch_timeout_s, reason
+                    target, self.settings.switch_method, self.settings.switch_timeout_s, reason, precopy_from=None
                 )
             except SwitchPendingError:
                 await asyncio.sleep(PENDING_RETRY_S)

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 from vllm.logger import init_logger
 
 from vllm_flying.core.pauses import Pauses, Pausing
+from vllm_flying.core.precopy import NOTHING_COPIED, Precopied, precopy
 from vllm_flying.core.pricing import MoveRates
 from vllm_flying.core.topology import Layout, LayoutError
 from vllm_flying.core.transaction import Call, Phase, SwitchTransaction
 from vllm_flying.frontend.board import BoardGroup, BoardState, LayoutBoard, SwitchPendingError, switch_lock
 from vllm_flying.frontend.engines import EngineCalls
 from vllm_flying.frontend.metrics import metrics
+from vllm_flying.frontend.precopy import copy_ahead
 from vllm_flying.frontend.record import PHASES, add_wave, switch_record
 from vllm_flying.frontend.tracing import trace_switch
 from vllm_flying.settings import SWITCH_METHODS, Settings
@@ -101,21 +103,32 @@ class Switcher:
         timeout_s: float = 30.0,
         reason: str = OPERATOR,
         last_resort: bool = False,
+        precopy_from: int | None = 1,
     ) -> dict[str, Any]:
         """Change to `target`; returns the switch record. SwitchPendingError if one is under way, SwitchFailed else.
 
-        With `last_resort`, begun requests that find no room are computed again. A caller that goes away (a client
-        whose request asked for the switch) doesn't end it.
+        With `last_resort`, begun requests that find no room are computed again. KV is copied ahead if it is more than so
+        many times `precopy_bytes`, never for None: that delays the switch. A caller that goes away (a client whose request
+        asked for the switch) doesn't end it.
         """
-        _, record = await asyncio.shield(self._later(self._switch(target, method, timeout_s, reason, last_resort)))
+        switching = self._switch(target, method, timeout_s, reason, last_resort, precopy_from)
+        _, record = await asyncio.shield(self._later(switching))
         return record
 
     async def _switch(
-        self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool
+        self,
+        target: Layout,
+        method: str,
+        timeout_s: float,
+        reason: str,
+        last_resort: bool,
+        precopy_from: int | None = None,
     ) -> tuple[SwitchTransaction, dict[str, Any]]:
         started_ns, deadline = time.time_ns(), time.perf_counter() + timeout_s
         with switch_lock(self._directory):
-            transaction, record = await self._switch_once(target, method, timeout_s, reason)
+            copied = await self._copy_ahead(target, method, timeout_s, precopy_from)
+            timeout_s -= copied.took_s
+            transaction, record = await self._switch_once(target, method, timeout_s, reason, copied=copied)
             anew = False
             for _ in range(MAX_WAVES):
                 left = deadline - time.perf_counter()
@@ -144,8 +157,21 @@ class Switcher:
         )  # fmt: skip
         return transaction, record
 
+    async def _copy_ahead(self, target: Layout, method: str, limit_s: float, precopy_from: int | None) -> Precopied:
+        most, layout = self._settings.precopy_bytes, self.layout()
+        moves = method in ("migrate", "auto") and target != layout
+        if precopy_from is None or not most or not moves or self._engines.seem_idle:  # asking them would take a round
+            return NOTHING_COPIED
+        return await copy_ahead(self._engines, precopy(layout, target, most, precopy_from * most), limit_s / 2)
+
     async def _switch_once(
-        self, target: Layout, method: str, timeout_s: float, reason: str, last_resort: bool = False
+        self,
+        target: Layout,
+        method: str,
+        timeout_s: float,
+        reason: str,
+        last_resort: bool = False,
+        copied: Precopied = NOTHING_COPIED,
     ) -> tuple[SwitchTransaction, dict[str, Any]]:
         state, started_ns = self._board.read(), time.time_ns()
         if not state.has_switched:  # from now on aborts must reach every engine
@@ -156,7 +182,7 @@ class Switcher:
             self.layout(),
             target,
             method,
-            rates=self._rates,
+            rates=self._rates.without_copies() if copied.bytes else self._rates,
             last_resort=last_resort,
             pausing=self._pausing(target, reason),
             urgent_follows=reason == URGENT,
@@ -166,7 +192,7 @@ class Switcher:
             seconds = await self._run(transaction, timeout_s)
         finally:
             self._running = None
-        record = switch_record(transaction, seconds, reason)
+        record = switch_record(transaction, seconds, reason, copied)
         if transaction.holds:
             self._announce(state, transaction, record)
             self._note_pauses(transaction)
@@ -333,4 +359,4 @@ def _tell(record: dict[str, Any], started_ns: int) -> None:
 
 
 def _time_limit(timeout_s: float) -> str:
-    return f"the time limit of {timeout_s:g} s passed"
+    return f"the time limit of {timeout_s:.3g} s passed"

@@ -45,5 +45,6 @@ def _attributes(record: dict[str, Any]) -> dict[str, str | int | float]:
         **{f"flying.requests.{name}": number for name, number in record["requests"].items()},
         **{f"flying.prefixes.{name}": number for name, number in record["prefixes"].items()},
         "flying.kv.bytes": record["kv"]["bytes"],
+        "flying.precopied.bytes": record["precopied"]["bytes"],
         **{f"flying.seconds.{phase}": seconds for phase, seconds in record["seconds"].items()},
     }

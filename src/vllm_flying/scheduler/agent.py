@@ -26,6 +26,7 @@ from vllm_flying.scheduler.errors import SwitchRefused
 from vllm_flying.scheduler.facade import FlyingScheduler
 from vllm_flying.scheduler.handover import pack_requests, unpack_requests
 from vllm_flying.scheduler.limits import kv_tokens_needed, page_tokens
+from vllm_flying.scheduler.precopy import Precopy
 from vllm_flying.scheduler.reports import EngineReports, WorkerCall
 from vllm_flying.settings import Settings
 
@@ -56,6 +57,7 @@ class EngineAgent:
         self._hold_prefixes: Callable[[], int] = lambda: 0
         self._arrivals: Arrivals | None = None
         self._reports = EngineReports(self, call_workers)
+        self.precopy = Precopy(self, call_workers)
         registry.register_agent(vllm_config, self)
 
     @property
@@ -111,6 +113,7 @@ class EngineAgent:
             "commit": self.commit,
             "extend": self.extend,
             "cancel": self.cancel,
+            **self.precopy.operations,
             "adopt": self.adopt,
             "collect": self.collect,
             "probe": self._reports.probe,
@@ -149,6 +152,7 @@ class EngineAgent:
         """
         self._check_unprepared(epoch)
         self._preparing = epoch
+        self.precopy.drop()
         facade = self.facade
         facade.holding = True
         if not facade.parked:
@@ -294,7 +298,9 @@ class EngineAgent:
         width, pool = len(self.group), self.facade.pools[1]
         self.contents.written(ALONE, pool.take_written())
         virtual = self.leases.next_virtual_pages(width, count)
-        physical = self.contents.choose(width, virtual, pool.withdraw(count))
+        of_group, holding = self.contents.in_place(width)
+        wanted = holding[np.isin(of_group, virtual) & ~self.leases.is_lent(holding)]
+        physical = self.contents.choose(width, virtual, pool.withdraw(count, first=wanted))
         self.leases.lend(width, virtual, physical)
         return virtual, physical
 

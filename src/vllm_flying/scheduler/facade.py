@@ -103,6 +103,8 @@ class FlyingScheduler(SchedulerInterface):
         """Tokens computed since start, in all widths."""
         self.on_abort: Callable[[list[str] | None], list[Request]] = lambda request_ids: []
         """Told of every abort, None being all; returns those of them that are on their way into this engine."""
+        self.on_reset: Callable[[], None] = lambda: None
+        """Told when the prefix cache is reset."""
         self.unknown_aborts = UnknownAborts()
         self._width_of_step: dict[int, int] = {}
         registry.register(vllm_config, self)
@@ -349,6 +351,7 @@ class FlyingScheduler(SchedulerInterface):
             for scheduler in self.schedulers.values():
                 preempt_all(scheduler)
         self.prefixes.forget()
+        self.on_reset()
         return all([pool.forget_prefixes() for pool in self.pools.values()])
 
     def reset_encoder_cache(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
 
 from vllm_flying.core.leases import PageNumbers, Pages, as_pages
 
@@ -24,7 +25,6 @@ class PagePool:
         self._pool = block_pool
         self.num_owned = block_pool.num_gpu_blocks - 1
         self._away: set[int] = set()
-        """Pages that left with a cached prefix."""
         self._doubtful: set[int] = set()
         """Pages that came back with one; whether it still holds isn't known yet."""
         self._written: list[int] = []
@@ -43,9 +43,12 @@ class PagePool:
         """Owned pages that requests hold."""
         return int(self.num_owned) - self.num_free
 
-    def withdraw(self, count: int) -> Pages:
-        """Take `count` free pages away, least recently used first."""
-        return self._gone(self._pool.free_block_queue.popleft_n(count))
+    def withdraw(self, count: int, first: PageNumbers = ()) -> Pages:
+        """Take `count` free pages away: those of `first` that are free, then the least recently used."""
+        chosen = [block for page in as_pages(first).tolist() if (block := self._pool.blocks[page]).ref_cnt == 0][:count]
+        for block in chosen:
+            self._pool.free_block_queue.remove(block)
+        return self._gone([*chosen, *self._pool.free_block_queue.popleft_n(count - len(chosen))])
 
     def withdraw_latest(self) -> Pages:
         """Take the last deposit away again, but for what is held. Nothing may have been withdrawn since."""
@@ -78,6 +81,45 @@ class PagePool:
         kept = self._doubtful.intersection(as_pages(intact).tolist()) if self._doubtful else set()
         self._evict((self._away | self._doubtful) - kept)
         self._away, self._doubtful = set(), set()
+
+    # ---- pages that are filled before a switch (see `scheduler.precopy`) --------------------------------------------
+
+    def reserve(self, count: int) -> Pages:
+        """Take `count` free pages away to be overwritten, least recently used first, until they are deposited again."""
+        blocks = self._pool.free_block_queue.popleft_n(count)
+        pages = [block.block_id for block in blocks]
+        self._evict(pages)
+        self._written = list(set(self._written).difference(pages))
+        self.num_owned -= count
+        return as_pages(pages)
+
+    @property
+    def written(self) -> Pages:
+        """What `take_written` would take."""
+        return as_pages(self._written)
+
+    @property
+    def away(self) -> set[int]:
+        """Pages that left with a cached prefix."""
+        return self._away
+
+    def forget(self, pages: PageNumbers) -> None:
+        """Pages that are away hold no cached prefix any more."""
+        gone = self._away.intersection(as_pages(pages).tolist())
+        self._evict(gone)
+        self._away -= gone
+
+    def keep_only(self, pages: PageNumbers) -> None:
+        """Of pages that are away these alone may hold their cached prefixes."""
+        self.forget(list(self._away.difference(as_pages(pages).tolist())))
+
+    def expect(self, request: Request, first: int, pages: PageNumbers, page_tokens: int) -> None:
+        """Pages that are away hold a prefix's blocks from the `first` on, if they come back unwritten."""
+        self.forget(pages)
+        numbers = as_pages(pages).tolist()
+        blocks = [self._pool.null_block] * first + [self._pool.blocks[page] for page in numbers]
+        self._pool.cache_full_blocks(request, blocks, first, len(blocks), page_tokens, kv_cache_group_id=0)
+        self._away.update(numbers)
 
     def take_written(self) -> Pages:
         """Pages that were handed out to requests since they were deposited, each named once."""

@@ -89,7 +89,7 @@ class CachedPrefixes:
     def _blocks_of(self, prefix: HitPrefix, width: int) -> list[Any]:
         """What is still cached of a prefix."""
         tokens = [*prefix.tokens[: prefix.length], ANY_TOKEN]
-        request = _as_request("lookup", tokens, prefix.salt)
+        request = as_request("lookup", tokens, prefix.salt)
         request.block_hashes = list(prefix.hashes)
         blocks, _, _ = self._facade.schedulers[width].kv_cache_manager.get_computed_blocks(request)
         return list(blocks.blocks[0])
@@ -127,7 +127,7 @@ class CachedPrefixes:
         for prefix in prefixes:
             tokens = np.frombuffer(prefix["tokens"], dtype=np.int32).tolist()
             length = len(tokens) // page_size * page_size
-            request = _as_request(prefix["name"], [*tokens[:length], ANY_TOKEN], prefix["salt"])
+            request = as_request(prefix["name"], [*tokens[:length], ANY_TOKEN], prefix["salt"])
             facade.rehash(request, width)
             hit_blocks, hit, _ = manager.get_computed_blocks(request)
             pages = (length - hit) // page_size
@@ -181,6 +181,6 @@ class CachedPrefixes:
         return self._facade.schedulers[width].kv_cache_manager.block_pool
 
 
-def _as_request(name: str, tokens: list[int], salt: str | None) -> Request:
+def as_request(name: str, tokens: list[int], salt: str | None) -> Request:
     """As vLLM's KV cache manager takes it. No scheduler ever sees it."""
     return Request(name, tokens, SamplingParams(max_tokens=1), None, cache_salt=salt)

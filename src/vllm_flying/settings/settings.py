@@ -19,6 +19,7 @@ WEIGHTS = ("auto", "tiles", "views")
 ON_HINT = ("form", "best_effort")
 URGENT_POLICIES = ("auto", "priority")
 """Policies that give an urgent request a wide group at once, and its steps to itself."""
+MAY_BE_ZERO = frozenset({"precopy_bytes"})
 SWITCH_METHODS = ("auto", "drain", "soft", "pause", "migrate")
 
 
@@ -115,6 +116,13 @@ class Settings:
     """Bytes that a worker may use to stage KV on its way to others, per direction; two such rounds can be under way. KV
     that workers read in each other's memory, as on CPU, is not staged. Cached prefixes that follow a switch come to no more
     than this per worker of an engine."""
+
+    precopy_bytes: int = 16 * 2**20
+    """Bytes of KV that a worker copies at a time, between steps, ahead of a migration, so that engines rest only for what is
+    newer (or a 32nd of all, if that is more). The switch comes some tens of steps later, 10 s at most, and so does one that
+    is asked for meanwhile. What is no more than this in all is copied while they rest, and so is what is no
+    more than 16 times this if the controller decided the switch, and everything if a request waits for it. For KV that
+    workers read in each other's memory, as on CPU. 0: nothing is copied ahead."""
 
     startup_timeout_s: float = 300.0
     """Seconds that a worker waits at start for the workers of all engines."""
@@ -219,8 +227,9 @@ def _convert(key: str, value: Any, kind: str) -> Any:
         if not isinstance(value, str):
             raise wrong("a text")
     elif kind == "int":
-        if type(value) is not int or value < 1:
-            raise wrong("a whole number above 0")
+        least = 0 if key in MAY_BE_ZERO else 1
+        if type(value) is not int or value < least:
+            raise wrong(f"a whole number, {least} or more")
     elif kind.startswith("float"):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong("a number")

@@ -1,16 +1,18 @@
 """Calls that all workers of a group must run together, whichever engine they belong to: proof and migration.
 
-May import torch. The leading engine's executor calls `flying_together` on its own workers; these relay the call to the
+May import torch and vllm. The leading engine's executor calls `flying_together` on its own workers; these relay the call to the
 workers of the group's other engines. Everything here happens between steps.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 
 from vllm_flying.core.migration import KVMove
 from vllm_flying.core.topology import aligned_group
@@ -19,9 +21,12 @@ from vllm_flying.worker.copy_rate import plain_copy_rate, plain_move_rate, plain
 from vllm_flying.worker.host_pool import OtherPool
 from vllm_flying.worker.kv_views import kernel_block_size, raw_pool
 from vllm_flying.worker.layout_table import LayoutTable
+from vllm_flying.worker.precopy import precopy
 from vllm_flying.worker.pull import Pull
 from vllm_flying.worker.request_state import export_states, forget_states, install_states
 from vllm_flying.worker.transfer import TransferPlace, Transport, layer_pages, move_kv
+
+logger = init_logger("vllm.flying.worker")
 
 PREFIX = "_flying_do_"
 
@@ -95,21 +100,43 @@ class GroupCalls:
         """Copy KV into the present layout, have its runner know the requests, and prove: see `_flying_do_prove`."""
         install_states(self._flying.active.runner, states)
         kv_moves = [KVMove.from_dict(move) for move in moves]
-        alone = self._flying[1]
         moved = move_kv(
             kv_moves,
             TransferPlace(
                 engine=self._flying_place.engine,
                 local_rank=self._flying_place.local_rank,
                 engine_tp=self._flying_place.engine_tp,
-                kernel_blocks=alone.kernel_blocks_per_page,
+                kernel_blocks=self._flying[1].kernel_blocks_per_page,
                 physical=self._flying_physical,
             ),
-            layer_pages(alone.runner, alone.kernel_blocks_per_page),
+            self._flying_layers(),
             lambda width: self._flying[width].tensor_parallel_group.device_group,
             self._flying_transport,
         )
         return moved | {"proof": self._flying_do_prove()}
+
+    def _flying_layers(self) -> list[torch.Tensor]:
+        alone = self._flying[1]
+        return layer_pages(alone.runner, alone.kernel_blocks_per_page)
+
+    def flying_reads_others(self) -> bool:
+        """Whether workers read each other's KV in place, without the other's help."""
+        return isinstance(self._flying_transport, Pull)
+
+    def _flying_do_precopy(self, moves: list[dict[str, Any]]) -> dict[str, Any]:
+        """Copy KV ahead of a switch. The group's slowest worker's seconds, and whether all did: one that can't must not end it."""
+        started, done = time.perf_counter(), True
+        try:
+            assert isinstance(self._flying_transport, Pull)
+            place, others = self._flying_place, self._flying_transport.others
+            precopy(moves, place.engine, self._flying[1].kernel_blocks_per_page, self._flying_layers(), others)
+        except Exception:
+            logger.exception("KV can't be copied ahead of a switch.")
+            done = False
+        group = self._flying.active.tensor_parallel_group
+        mine = torch.tensor([[float(done), time.perf_counter() - started]], device=self.device)
+        everybodys = mine if group.world_size == 1 else group.all_gather(mine, dim=0)
+        return {"done": bool(everybodys[:, 0].all()), "seconds": float(everybodys[:, 1].max())}
 
     def _flying_physical(self, width: int, pages: Sequence[int]) -> Sequence[int]:
         return pages if width == 1 else self._flying[width].pages.physical(pages)

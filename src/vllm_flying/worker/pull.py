@@ -6,7 +6,7 @@ only, since a group's pages lie elsewhere on every member; they also say that a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,31 +26,37 @@ class Pull:
 
     def copy(self, pool: list[torch.Tensor], share: Share, process_group: Any) -> None:
         """One's own part first, while the others get ready."""
-        layers = [memoryview(layer.numpy()).cast("B") for layer in pool]
-        row_bytes = pool[0].shape[1] * pool[0].element_size()
+        layers, row_bytes = layer_bytes(pool)
         mine = share.place_in_span
         own = list(zip(share.leaving[mine].tolist(), share.arriving[mine].tolist(), strict=True))
         if not share.traffic.any():
-            _copy_own(layers, row_bytes, own)
+            copy_own(layers, row_bytes, own)
             return
         rows, work = _tell_rows(share, process_group)
-        _copy_own(layers, row_bytes, own)
+        copy_own(layers, row_bytes, own)
         work.wait()
         try:
             for engine, leaving, arriving in zip(share.span, rows, share.arriving, strict=True):
                 if engine != share.place.engine:
-                    self._read(engine, layers, row_bytes, list(zip(leaving.tolist(), arriving.tolist(), strict=True)))
+                    read_rows(self.others[engine], layers, row_bytes, list(zip(leaving.tolist(), arriving.tolist(), strict=True)))
         finally:  # whoever fails must not keep the others waiting
             torch.distributed.barrier(process_group)
 
-    def _read(self, engine: int, layers: list[memoryview], row_bytes: int, rows: list[tuple[int, int]]) -> None:
-        source = self.others[engine]
-        for number, layer in enumerate(layers):
-            for there, here in rows:
-                source.read(number, there * row_bytes, layer[here * row_bytes : (here + 1) * row_bytes])
+
+def layer_bytes(pool: Sequence[torch.Tensor]) -> tuple[list[memoryview], int]:
+    """Every layer of a pool as bytes, and the bytes of one of its rows."""
+    return [memoryview(layer.numpy()).cast("B") for layer in pool], pool[0].shape[1] * pool[0].element_size()
 
 
-def _copy_own(layers: list[memoryview], row_bytes: int, rows: list[tuple[int, int]]) -> None:
+def read_rows(source: OtherPool, layers: list[memoryview], row_bytes: int, rows: list[tuple[int, int]]) -> None:
+    """Rows of another worker's pool into one's own: (there, here)."""
+    for number, layer in enumerate(layers):
+        for there, here in rows:
+            source.read(number, there * row_bytes, layer[here * row_bytes : (here + 1) * row_bytes])
+
+
+def copy_own(layers: list[memoryview], row_bytes: int, rows: list[tuple[int, int]]) -> None:
+    """Rows of one's own pool: (from, to)."""
     for layer in layers:
         for there, here in rows:
             layer[here * row_bytes : (here + 1) * row_bytes] = layer[there * row_bytes : (there + 1) * row_bytes]
