@@ -105,7 +105,7 @@ def test_costs_are_printed_for_every_engine_and_width(capsys: pytest.CaptureFixt
         "31 prompt tokens and 1 request 32.8 ms, 128 requests 71.2 ms"
     )
     assert about[6].startswith("[ok  ] engine 1, width 2: a step with 1 request 12.3 ms")
-    assert about[6].endswith("a prompt token 0.3 ms (probed only, no step was run yet)")
+    assert about[6].endswith("a prompt token 0.3 ms (probed only, no step was learned from yet)")
 
 
 @pytest.mark.usefixtures("nothing_else")

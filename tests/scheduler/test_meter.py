@@ -12,7 +12,7 @@ import pytest
 from tests.support.checkpoints import make_checkpoint
 from tests.support.stepping import SteppedServer, make_config
 from vllm_flying.scheduler import meter as module
-from vllm_flying.scheduler.meter import EngineMeter
+from vllm_flying.scheduler.meter import FIRST_STEPS, EngineMeter
 
 
 def request(arrival_time: float, finished: bool = True) -> Any:
@@ -42,6 +42,16 @@ def test_requests_of_one_group_are_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     report = meter.report()
     assert report["requests_finished"] == 3
     assert (report["requests_served"], report["seconds_served"]) == (2, 5.0), "one began in another group"
+
+
+def test_first_steps_are_counted_but_not_learned_from() -> None:
+    meter = EngineMeter([1, 2])
+    for _ in range(FIRST_STEPS):
+        step(meter, request(1.0))
+    report = meter.report()
+    assert report["requests_finished"] == FIRST_STEPS and not report["costs"]
+    step(meter, request(1.0))
+    assert meter.costs[1].steps == 1
 
 
 def test_a_commit_begins_another_group(checkpoints: Path) -> None:

@@ -22,6 +22,7 @@ from vllm_flying.controller.pace import Pace
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 from vllm_flying.frontend.observe import observe
+from vllm_flying.scheduler.meter import FIRST_STEPS
 
 Cost = tuple[float, float, float]
 """Seconds: of any step, per prompt token, per decoding request."""
@@ -66,7 +67,10 @@ class _Group:
 
 
 class SimulatedServer:
-    """Takes requests until all are done. With a controller, its layouts change. `pace` is how slow it is at a time."""
+    """Takes requests until all are done. With a controller, its layouts change.
+
+    `pace` is how slow it is at a time in groups of a width.
+    """
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class SimulatedServer:
         seed: int = 0,
         began: datetime | None = None,
         schedule: Schedule | None = None,
-        pace: Callable[[float], float] = lambda now: 1.0,
+        pace: Callable[[float, int], float] = lambda now, width: 1.0,
     ) -> None:
         self.layout = layout
         self.switches: list[tuple[float, Layout]] = []
@@ -91,6 +95,7 @@ class SimulatedServer:
         self._asked = 0.0
         self._at_rest_until = 0.0
         self._pace, self._paces = pace, [Pace() for _ in range(layout.num_engines)]
+        self._steps = [0] * layout.num_engines
         self._learned = [{width: StepCost() for width in costs} for _ in range(layout.num_engines)]
         for learned in self._learned:
             for width, cost in learned.items():
@@ -156,9 +161,11 @@ class SimulatedServer:
         prompt_tokens, decodes = _made_up_of(group.chunks)
         fixed, per_token, per_decode = self._costs[len(group.engines)]
         seconds = fixed + per_token * prompt_tokens + per_decode * decodes
-        seconds *= self._pace(now) * (1 + self._noise * self._random.uniform(-1, 1))
+        seconds *= self._pace(now, len(group.engines)) * (1 + self._noise * self._random.uniform(-1, 1))
         engine, width = group.engines[0], len(group.engines)
-        self._learned[engine][width].learn(prompt_tokens, decodes, seconds, self._paces[engine])
+        self._steps[engine] += 1
+        if self._steps[engine] > FIRST_STEPS:
+            self._learned[engine][width].learn(prompt_tokens, decodes, seconds, self._paces[engine])
         group.step_ends = now + seconds
 
     def _end_step(self, group: _Group, now: float) -> None:

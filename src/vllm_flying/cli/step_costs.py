@@ -35,7 +35,7 @@ def why_no_step_costs(status: Mapping[str, Any]) -> str:
 def _cost(cost: Mapping[str, Any]) -> str:
     # One request decodes in a step: the step itself and its share.
     step = _ms(cost["step_s"] + cost["decode_s"])
-    source = f"learned from {_count(cost['steps'], 'step')}" if cost["steps"] else "probed only, no step was run yet"
+    source = f"learned from {_count(cost['steps'], 'step')}" if cost["steps"] else "probed only, no step was learned from yet"
     return (
         f"a step with 1 request {step}, each further one {_ms(cost['decode_s'])}, a prompt token "
         f"{_ms(cost['prompt_token_s'])} ({source})"

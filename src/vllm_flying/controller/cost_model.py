@@ -63,7 +63,7 @@ class StepCost:
     """The fit for one width."""
 
     steps: int = 0
-    """Real steps seen."""
+    """Real steps learned from."""
     _seen: Kinds = field(default_factory=dict)
     _probed: Kinds = field(default_factory=dict)
     _probe_numbers: tuple[float, float, float] | None = None
@@ -115,7 +115,7 @@ class StepCost:
         self._numbers = None
 
     def report(self) -> list[float]:
-        """As `estimates` takes it: the numbers, real steps seen, and the numbers by the probe alone, if there was one."""
+        """As `estimates` takes it: the numbers, real steps learned from, and the probe's own numbers, if there was one."""
         return [*self.numbers(), self.steps, *(self._probe_numbers or ())]
 
     def numbers(self) -> tuple[float, float, float]:

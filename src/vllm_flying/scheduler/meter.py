@@ -14,6 +14,9 @@ from typing import Any
 from vllm_flying.controller.cost_model import StepCost
 from vllm_flying.controller.pace import Pace
 
+# So many first steps of an engine tell nothing of the later ones: memory is touched for the first time.
+FIRST_STEPS = 16
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -40,6 +43,7 @@ class EngineMeter:
         self._group_since = 0.0
         self._begun: dict[int, _Step] = {}
         self._last_end = 0.0
+        self._first_steps = FIRST_STEPS
 
     def added(self, request: Any) -> None:
         """A request came to this engine from a client."""
@@ -66,7 +70,10 @@ class EngineMeter:
             return
         now = time.perf_counter()
         took = now - max(step.started, self._last_end)
-        self.costs[width].learn(step.prompt_tokens, step.decodes, took, self.pace)
+        if self._first_steps:
+            self._first_steps -= 1
+        else:
+            self.costs[width].learn(step.prompt_tokens, step.decodes, took, self.pace)
         self._last_end = now
         for request in step.requests:
             if request.is_finished():
