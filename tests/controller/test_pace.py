@@ -34,6 +34,19 @@ def test_steps_of_another_layout_are_learned_at_the_present_pace() -> None:
     assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.1)
 
 
+def test_steps_that_cost_more_than_a_straight_line_says_are_no_slow_machine() -> None:
+    cost, pace = StepCost(), Pace()
+    for _ in range(4000):
+        for decodes in (1, 2, 4):
+            cost.learn(0, decodes, 0.010 + 0.0005 * decodes, pace)
+        cost.numbers()
+    for decodes in [40, 41, 42] * 100:  # a burst
+        cost.learn(0, decodes, 0.060, pace)
+        cost.numbers()
+    assert pace.factor == pytest.approx(1.0, rel=0.05)
+    assert cost.decode_step_s(41) == pytest.approx(0.060, rel=0.1)
+
+
 def test_one_step_that_was_held_up_changes_little() -> None:
     pace = Pace()
     assert pace.usual(10.0, 0.01) < 10.0

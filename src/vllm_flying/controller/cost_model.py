@@ -96,14 +96,15 @@ class StepCost:
         self._numbers = None
 
     def _usual_s(self, prompt_tokens: int, decodes: int) -> float | None:
-        """By the last fit, put right by what is known of the step's kind; None if few steps of any kind were seen."""
-        if self.steps < ENOUGH_STEPS or self._last_fit is None:
+        """What is known of the step's kind, brought to its make-up by the last fit; None if it isn't a known kind.
+
+        The fit alone won't do: what costs more than a straight line says would be taken for a slow machine.
+        """
+        kind = self._seen.get(_key(prompt_tokens, decodes))
+        if kind is None or not kind.is_known or self._last_fit is None:
             return None
         fixed, prompt, decode = self._last_fit
         here = fixed + prompt * prompt_tokens + decode * decodes
-        kind = self._seen.get(_key(prompt_tokens, decodes))
-        if kind is None or not kind.is_known:
-            return here
         return kind.seconds * here / (fixed + prompt * kind.prompt_tokens + decode * kind.decodes)
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
