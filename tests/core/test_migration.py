@@ -96,6 +96,26 @@ def test_urgent_requests_choose_first() -> None:
     assert [o.request_id for o in placed[0, 1]] == ["urgent"] and [o.request_id for o in unplaced] == ["late"]
 
 
+def test_the_fullest_engine_is_emptied_first() -> None:
+    offers = [Offer(f"{engine}.{i}", (engine,), 50, arrival_time=i) for engine, count in ((0, 3), (1, 4)) for i in range(count)]
+    placed, _ = place_offers(offers, {(0, 1): 201}, {(0, 1): 1000})
+    assert [offer.request_id for offer in placed[0, 1]] == ["1.0", "0.0", "1.1", "0.1"]
+
+
+@given(st.permutations([(0,), (0,), (0,), (1,), (1,), (1,)]))
+def test_full_engines_are_emptied_in_waves_whoever_came_first(sources: list[Group]) -> None:
+    """Each holds three requests of 26 pages; a page of the group is one of either, for twice the tokens."""
+    tokens, pages, engine_pages = 830, 26, 127
+    waiting = [Offer(str(i), source, tokens, arrival_time=i) for i, source in enumerate(sources)]
+    arrived = 0
+    while waiting:
+        free = min(engine_pages - pages * sum(o.source == (e,) for o in waiting) for e in (0, 1)) - arrived * pages // 2
+        placed, unplaced = place_offers(waiting, {(0, 1): free * 64}, {(0, 1): engine_pages * 64})
+        assert placed[0, 1], "some of either engine leave, or the fuller one has no room for the others"
+        arrived += len(placed[0, 1])
+        waiting = unplaced
+
+
 def test_what_may_outgrow_a_group_does_not_go_there() -> None:
     offers = [Offer("long", (0, 1), 50, most_tokens=150), Offer("short", (0, 1), 50, most_tokens=80)]
     room = {(0,): 90, (1,): 90}

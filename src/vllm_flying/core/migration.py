@@ -85,12 +85,12 @@ def place_offers(
 
     `room` is the free KV tokens of each target group, `capacity` what it will hold at most; `recomputed` requests wait
     for theirs where they go. A request goes to a group that shares an engine with its source, the emptiest by engine;
-    urgent and early ones choose first. Where a request might outgrow the group it doesn't go.
+    they choose in the order of `_in_turn`. Where a request might outgrow the group it doesn't go.
     """
     left = dict(room)
     placed: dict[Group, list[Offer]] = {group: [] for group in room}
     unplaced = []
-    for offer in sorted(offers, key=lambda offer: (offer.priority, offer.arrival_time, offer.request_id)):
+    for offer in _in_turn(offers):
         tokens = 0 if offer.request_id in recomputed else offer.tokens
         fitting = [group for group in left if left[group] > tokens and _can_hold(group, offer, capacity)]
         if not fitting:
@@ -100,6 +100,22 @@ def place_offers(
         left[best] -= tokens
         placed[best].append(offer)
     return placed, unplaced
+
+
+def _in_turn(offers: Sequence[Offer]) -> list[Offer]:
+    """Urgent ones first, of these the fullest source's, of these early ones.
+
+    A source gets room by what leaves it, and a group has no more room than the fullest of its engines.
+    """
+    by_age = sorted(offers, key=lambda offer: (offer.arrival_time, offer.request_id))
+    staying = dict.fromkeys((offer.source for offer in offers), 0.0)
+    for offer in by_age:
+        staying[offer.source] += offer.tokens / len(offer.source)
+    turns = []
+    for offer in sorted(by_age, key=lambda offer: offer.priority):
+        turns.append((offer.priority, -staying[offer.source], offer))
+        staying[offer.source] -= offer.tokens / len(offer.source)
+    return [offer for _, _, offer in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def lasting_capacity(
