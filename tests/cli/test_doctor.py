@@ -97,14 +97,15 @@ def test_costs_are_printed_for_every_engine_and_width(capsys: pytest.CaptureFixt
     about = [line for line in lines if line.startswith("[ok  ] engine ")]
     assert len(about) == 8 and lines[-1] == "Nothing keeps the server from starting."
     assert about[0] == (
-        "[ok  ] engine 0, width 1: a step with 1 request 20.4 ms, each further one 0.4 ms, a prompt token 0.4 ms "
+        "[ok  ] engine 0, width 1: a step takes 20.4 ms with 1 request, 23.2 ms with 8 requests, 32.8 ms with 32 requests, "
+        "71.3 ms with 128 requests, a prompt token 0.4 ms "
         "(learned from 40 steps)"
     )
     assert about[1] == (
         "[ok  ] engine 0, width 1: the probe at start ran steps of 1 request 20.4 ms, "
         "31 prompt tokens and 1 request 32.8 ms, 128 requests 71.2 ms"
     )
-    assert about[6].startswith("[ok  ] engine 1, width 2: a step with 1 request 12.3 ms")
+    assert about[6].startswith("[ok  ] engine 1, width 2: a step takes 12.3 ms with 1 request")
     assert about[6].endswith("a prompt token 0.3 ms (probed only, no step was learned from yet)")
 
 

@@ -7,28 +7,32 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from tests.support.simulation import Cost, Figures, SimulatedServer, poisson
+from tests.support.simulation import Figures, SimulatedServer, poisson
 from vllm_flying.controller.controller import Controller
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.policies import auto
 from vllm_flying.core.topology import Layout, groups_of_width
 
 Phase = tuple[float, float, int, int]
 
+straight = CostCurve.straight
+
 # About what `bench.trace` finds on two cores; a faster machine with two engines; the ratios of eight large GPUs.
-TWO_CORES: dict[int, Cost] = {1: (0.085, 0.0045, 0.004), 2: (0.055, 0.0026, 0.0045)}
-TWO_ENGINES: dict[int, Cost] = {1: (0.020, 0.0005, 0.0008), 2: (0.0125, 0.0003, 0.0008)}
-EIGHT_ENGINES: dict[int, Cost] = {
-    1: (0.0080, 40e-6, 50e-6), 2: (0.0056, 22e-6, 45e-6), 4: (0.0042, 13e-6, 40e-6), 8: (0.0034, 9e-6, 38e-6),
+TWO_CORES: dict[int, CostCurve] = {1: straight(0.085, 0.0045, 0.004), 2: straight(0.055, 0.0026, 0.0045)}
+TWO_ENGINES: dict[int, CostCurve] = {1: straight(0.020, 0.0005, 0.0008), 2: straight(0.0125, 0.0003, 0.0008)}
+EIGHT_ENGINES: dict[int, CostCurve] = {
+    1: straight(0.0080, 40e-6, 50e-6), 2: straight(0.0056, 22e-6, 45e-6),
+    4: straight(0.0042, 13e-6, 40e-6), 8: straight(0.0034, 9e-6, 38e-6),
 }  # fmt: skip
 QUIET: Phase = (30.0, 0.4, 256, 32)
 
 
-def layouts(costs: Mapping[int, Cost]) -> dict[int, Layout]:
+def layouts(costs: Mapping[int, CostCurve]) -> dict[int, Layout]:
     engines = max(costs)
     return {width: Layout(tuple(groups_of_width(width, engines))) for width in costs}
 
 
-def run(costs: Mapping[int, Cost], phases: Sequence[Phase], seed: int) -> tuple[Figures, dict[int, Figures], SimulatedServer]:
+def run(costs: Mapping[int, CostCurve], phases: Sequence[Phase], seed: int) -> tuple[Figures, dict[int, Figures], SimulatedServer]:
     """Figures with the controller, those of each static layout, and the server that the controller had."""
     arrivals = poisson(phases, seed)
     static = {w: Figures.of(SimulatedServer(costs, layout).run(arrivals)) for w, layout in layouts(costs).items()}
@@ -54,7 +58,7 @@ def test_bursts_in_which_one_layout_is_better_and_quiet_times_in_which_the_other
 
 
 def test_a_burst_in_which_the_wide_group_is_better_leaves_it() -> None:
-    costs = {1: (0.085, 0.0045, 0.004), 2: (0.030, 0.0020, 0.0015)}
+    costs = {1: straight(0.085, 0.0045, 0.004), 2: straight(0.030, 0.0020, 0.0015)}
     figures, static, server = run(costs, [QUIET, (30.0, 4.0, 64, 24), QUIET], seed=0)
     assert [len(layout.groups) for _, layout in server.switches] == [1]
     assert of_the_better("response", figures, static) <= 1.05
@@ -71,7 +75,7 @@ def test_a_constant_load_is_no_reason_to_flap(rate: float, most: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_small_lasting_gain_is_taken_too(seed: int) -> None:
     """A burst in which the better layout is better by an eighth."""
-    costs: dict[int, Cost] = {1: (0.0817, 0.00303, 0.00426), 2: (0.0656, 0.0014, 0.00286)}
+    costs: dict[int, CostCurve] = {1: straight(0.0817, 0.00303, 0.00426), 2: straight(0.0656, 0.0014, 0.00286)}
     figures, static, server = run(costs, [(40.0, 0.3, 128, 16), (40.0, 5.0, 16, 48), (40.0, 0.3, 128, 16)], seed)
     for name in ("ttft", "tpot", "response"):
         assert of_the_better(name, figures, static) <= 1.08, name
@@ -89,7 +93,7 @@ def test_the_first_steps_of_a_layout_do_not_mislead() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_machine_that_is_slow_at_times_keeps_nobody_in_the_wrong_layout(seed: int) -> None:
     """The pair last ran when everything was slow, and would be quicker again once everything is."""
-    costs: dict[int, Cost] = {1: (0.0235, 0.0003, 0.0009), 2: (0.0118, 0.0002, 0.0016)}
+    costs: dict[int, CostCurve] = {1: straight(0.0235, 0.0003, 0.0009), 2: straight(0.0118, 0.0002, 0.0016)}
     arrivals = poisson([(60.0, 4.0, 64, 32), (25.0, 12.0, 64, 48), (60.0, 4.0, 64, 32)], seed)
     server = SimulatedServer(
         costs, Layout.of([[0, 1]], 2), Controller(auto), seed=seed, pace=lambda now, width: 1.0 + 0.35 * math.cos((now - 60.0) / 10.0)
@@ -104,7 +108,7 @@ def test_a_machine_that_is_slow_at_times_keeps_nobody_in_the_wrong_layout(seed: 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_slow_first_steps_are_not_held_against_a_layout(seed: int) -> None:
     """The pair runs first, when all memory is touched for the first time; it is quicker ever after."""
-    costs: dict[int, Cost] = {1: (0.0205, 0.0003, 0.0008), 2: (0.0125, 0.0002, 0.0011)}
+    costs: dict[int, CostCurve] = {1: straight(0.0205, 0.0003, 0.0008), 2: straight(0.0125, 0.0002, 0.0011)}
     arrivals = poisson([(60.0, 4.0, 64, 32), (25.0, 12.0, 64, 48), (60.0, 4.0, 64, 32)], seed)
     server = SimulatedServer(
         costs, Layout.of([[0, 1]], 2), Controller(auto), seed=seed, noise=0.3,

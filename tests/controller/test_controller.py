@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 
 from tests.core.test_topology import layouts
 from vllm_flying.controller.controller import Controller
-from vllm_flying.controller.cost_model import PROBE_STEPS, StepCost, estimates
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker, Totals
 from vllm_flying.controller.plan import allowed_layouts, least_width, uniform
 from vllm_flying.controller.policies import BUILT_IN, auto, load, long_context, manual, policy_by_name, priority
-from vllm_flying.controller.response import Load, response_s
 from vllm_flying.core.topology import Layout, check_group
 
 # A merged pair: quicker for one request, dearer per decoding request than two engines side by side.
-COSTS = {1: (0.020, 0.0004, 0.0004), 2: (0.012, 0.0003, 0.0006), 4: (0.009, 0.00025, 0.0008)}
+COSTS = {
+    1: CostCurve.straight(0.020, 0.0004, 0.0004), 2: CostCurve.straight(0.012, 0.0003, 0.0006),
+    4: CostCurve.straight(0.009, 0.00025, 0.0008),
+}  # fmt: skip
 DP, TP = Layout.separate(2), Layout.of([[0, 1]], 2)
 
 
@@ -138,103 +140,6 @@ def test_policies_are_found_by_name() -> None:
     assert policy_by_name("manual") is manual
     with pytest.raises(ValueError, match="'fastest' is unknown; there are: manual, load, long_context, priority, auto, schedule"):
         policy_by_name("fastest")
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.floats(0.001, 0.1), st.floats(0.00001, 0.001), st.floats(0.0001, 0.005), st.integers(0, 999))
-def test_step_costs_are_learned(fixed: float, prompt: float, decode: float, seed: int) -> None:
-    import random
-
-    source, cost = random.Random(seed), StepCost()
-    for _ in range(200):
-        tokens, decodes = source.choice([0, 0, 64, 256, 512]), source.randrange(0, 64)
-        cost.learn(tokens, decodes, fixed + prompt * tokens + decode * decodes)
-    assert cost.numbers() == pytest.approx((fixed, prompt, decode), rel=0.05, abs=2e-5)
-
-
-def probed(seconds: dict[int, float]) -> list[tuple[int, int, float]]:
-    """A probe of passes of so many tokens, where a token costs the same whatever it is."""
-    return [kind for tokens, took in seconds.items() for kind in ((0, tokens, took), (tokens - 1, 1, took))]
-
-
-def test_a_probe_tells_what_prompts_cost_from_what_requests_do() -> None:
-    cost = StepCost()
-    cost.seed([(p, d, 0.010 + 0.0002 * p + 0.001 * d) for p, d in PROBE_STEPS])
-    assert cost.numbers() == pytest.approx((0.010, 0.0002, 0.001), rel=0.05)
-
-
-def test_a_quiet_hour_is_no_reason_to_forget_what_a_full_batch_costs() -> None:
-    cost = StepCost()
-    cost.seed(probed({1: 0.010, 16: 0.012, 256: 0.050}))
-    for decodes in (1, 8, 16, 32) * 10:
-        cost.learn(0, decodes, 0.020 + 0.001 * decodes)
-    for _ in range(5000):
-        cost.learn(0, 1, 0.021)
-        cost.learn(256, 0, 0.020 + 0.0002 * 256)
-    assert cost.decode_step_s(32) == pytest.approx(0.052, rel=0.1)
-
-
-def test_what_has_not_run_costs_what_the_probe_says_and_what_it_does_not_see() -> None:
-    cost = StepCost()
-    cost.seed(probed({1: 0.010, 16: 0.025, 256: 0.265}))
-    for _ in range(50):
-        cost.learn(0, 1, 0.015)
-    fixed, prompt, decode = cost.numbers()
-    assert fixed == pytest.approx(0.014, rel=0.1)
-    assert prompt == pytest.approx(0.001, rel=0.1) and decode == pytest.approx(0.001, rel=0.1)
-
-
-def test_what_a_probe_does_not_see_may_grow_with_the_requests() -> None:
-    cost = StepCost()
-    cost.seed(probed({1: 0.010, 32: 0.012, 128: 0.020}))
-    for decodes in (100, 200, 300) * 20:  # only full batches: what they cost isn't what any step costs
-        cost.learn(0, decodes, 0.012 + 0.0003 * decodes)
-    assert cost.decode_step_s(1) == pytest.approx(0.012, rel=0.15)
-    assert cost.decode_step_s(300) == pytest.approx(0.102, rel=0.05)
-
-
-def test_one_step_that_was_held_up_changes_little() -> None:
-    cost = StepCost()
-    for _ in range(40):
-        cost.learn(0, 4, 0.02)
-    cost.learn(0, 4, 5.0)
-    assert cost.decode_step_s(4) < 0.03
-
-
-@given(
-    st.floats(0, 200), st.floats(0, 9000), st.floats(0, 50), st.integers(1, 2000), st.integers(1, 500),
-    st.sampled_from([1, 2, 4]), st.integers(1, 256),
-)  # fmt: skip
-def test_a_response_takes_longer_with_more_to_do_and_never_less_than_alone(
-    unfinished: float, queued: float, rate: float, prompt: int, output: int, groups: int, slots: int
-) -> None:
-    load = Load(unfinished, queued, rate, prompt, output)
-    takes = response_s(COSTS[1], groups, load, slots)
-    assert takes >= response_s(COSTS[1], groups, Load(1, 0, 0.0, prompt, output), slots) - 1e-9
-    assert takes >= response_s(COSTS[1], 2 * groups, load, slots) - 1e-9
-    assert takes <= response_s(COSTS[1], groups, Load(2 * unfinished, queued, rate, prompt, output), slots) + 1e-9
-    assert takes <= response_s(COSTS[1], groups, Load(unfinished, queued, 2 * rate, prompt, output), slots) + 1e-9
-
-
-def test_with_a_rising_rate_two_groups_overtake_one() -> None:
-    rates = (0.1, 1, 4, 8, 16, 20, 24)
-    loads = [Load(0, 0, rate, 64, 24) for rate in rates]
-    best = [response_s(COSTS[2], 1, load, 256) < response_s(COSTS[1], 2, load, 256) for load in loads]
-    assert best[0] and not best[-1]
-    assert best == sorted(best, reverse=True), "once"
-
-
-def test_a_width_that_has_not_run_costs_what_a_probe_does_not_see_as_well() -> None:
-    probes = {1: [0.07, 0.002, 0.002], 2: [0.04, 0.001, 0.001]}
-    reports = {width: [*probe, 0, *probe] for width, probe in probes.items()}
-    assert estimates(reports)[1] == (0.07, 0.002, 0.002)
-    run = [0.06, 0.001, 0.004, 500, *probes[2]]
-    seen = estimates({**reports, 2: run})
-    assert seen[1] == pytest.approx((0.09, 0.002, 0.005)) and seen[2] == (0.06, 0.001, 0.004)
-    few = estimates({1: [0.07, 0.002, 0.2, 3, *probes[1]], 2: run})
-    assert few[1] == pytest.approx((0.09, 0.002, 0.005)), "three steps say nothing yet"
-    both = estimates({1: [0.08, 0.002, 0.002, 500, *probes[1]], 2: run})
-    assert both[1][0] == 0.08
 
 
 def test_rates_follow_counters() -> None:

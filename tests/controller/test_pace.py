@@ -18,7 +18,7 @@ def test_a_lasting_slowness_is_the_paces_and_not_the_costs(slow: float) -> None:
             decodes = 1 + index % 4
             cost.learn(0, decodes, factor * (0.020 + 0.001 * decodes), pace)
             if index % 16 == 0:
-                cost.numbers()
+                cost.curve()
     assert pace.factor == pytest.approx(slow, rel=0.1)
     assert cost.decode_step_s(2) == pytest.approx(0.022, rel=0.1)
 
@@ -28,7 +28,7 @@ def test_steps_of_another_layout_are_learned_at_the_present_pace() -> None:
     for factor in (1.0, 1.5):
         for _ in range(200):
             merged.learn(0, 1, 0.010 * factor, pace)
-            merged.numbers()
+            merged.curve()
     for _ in range(40):
         alone.learn(0, 1, 0.020 * 1.5, pace)
     assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.1)
@@ -39,10 +39,10 @@ def test_steps_that_cost_more_than_a_straight_line_says_are_no_slow_machine() ->
     for _ in range(4000):
         for decodes in (1, 2, 4):
             cost.learn(0, decodes, 0.010 + 0.0005 * decodes, pace)
-        cost.numbers()
+        cost.curve()
     for decodes in [40, 41, 42] * 100:  # a burst
         cost.learn(0, decodes, 0.060, pace)
-        cost.numbers()
+        cost.curve()
     assert pace.factor == pytest.approx(1.0, rel=0.05)
     assert cost.decode_step_s(41) == pytest.approx(0.060, rel=0.1)
 

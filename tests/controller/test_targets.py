@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.controller.test_controller import DP, TP, observation
 from vllm_flying.controller.controller import Controller
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.observation import Observation, RateTracker, Totals
 from vllm_flying.controller.plan import allowed_layouts
 from vllm_flying.controller.policies import auto, load, predicted_response
@@ -52,7 +53,7 @@ def test_what_is_missed_is_a_share_of_the_target() -> None:
 
 def test_a_missed_target_is_a_reason_though_requests_are_done_later() -> None:
     # One group: dear decodes. Prompts are so long that TTFT is what prompts cost, outputs so long that decodes matter.
-    costs = {1: (0.020, 0.0008, 0.0001), 2: (0.020, 0.0004, 0.0020)}
+    costs = {1: CostCurve.straight(0.020, 0.0008, 0.0001), 2: CostCurve.straight(0.020, 0.0004, 0.0020)}
     seen = replace(observation(DP, running=8), costs=costs, mean_prompt_tokens=1000.0, mean_output_tokens=200.0)
     one, two = times(seen, DP), times(seen, TP)
     assert two.total_s > 1.2 * one.total_s and two.ttft_s < 0.6 * one.ttft_s

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.policies import predicted_response
 from vllm_flying.controller.response import HORIZON_S, Targets
 from vllm_flying.core.topology import Layout
@@ -17,6 +18,12 @@ from vllm_flying.frontend.audit import read_decisions, sentence
 from vllm_flying.frontend.control_loop import DECISIONS_FILE, PRECOPY_FROM, ControlLoop
 from vllm_flying.frontend.metrics import metrics
 from vllm_flying.settings import Settings
+
+
+def costs(step_s: float, prompt_token_s: float, decode_s: float) -> dict[str, Any]:
+    """As an engine that has learned them reports it."""
+    return {"curve": CostCurve.straight(step_s, prompt_token_s, decode_s).to_dict(), "steps": 100, "probe": None}
+
 
 APART, MERGED = Layout.separate(2), Layout.of([[0, 1]], 2)
 
@@ -39,7 +46,7 @@ class Recorded:
             "kv_tokens_capacity": 1000, "kv_tokens_used": 0, "largest_request": 0, "wanted_width": 1,
             "kv_tokens_per_engine": 1000, "max_running": 64, "prompt_tokens_added": 0, "requests_finished": 0,
             "output_tokens_finished": 0, **{name: value if engine == 0 else 0 for name, value in self.counted.items()},
-            "pace": 1.0, "costs": {"1": [0.020, 0.0004, 0.0004, 100], "2": [0.012, 0.0003, 0.0006, 100]},
+            "pace": 1.0, "costs": {"1": costs(0.020, 0.0004, 0.0004), "2": costs(0.012, 0.0003, 0.0006)},
         }  # fmt: skip
 
     async def call_all(self, operation: str) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from tests.support.simulation import Cost, SimulatedServer, poisson
+from tests.support.simulation import SimulatedServer, poisson
 from vllm_flying.controller.controller import Controller
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.observation import GroupObservation, Observation, Totals
 from vllm_flying.controller.plan import Plan
 from vllm_flying.controller.policies import BUILT_IN, Policy
@@ -60,7 +61,7 @@ def _observation(line: dict[str, Any]) -> Observation:
     changed: dict[str, Any] = {
         "layout": Layout.of(line["layout"]["groups"], engines),
         "groups": tuple(GroupObservation(**group) for group in groups),
-        "costs": {int(width): tuple(cost) for width, cost in line["costs"].items()},
+        "costs": {int(width): CostCurve.from_dict(cost) for width, cost in line["costs"].items()},
         "widths": tuple(line["widths"]),
         "totals": Totals(**line["totals"]),
         "targets": Targets(**line["targets"]),
@@ -73,8 +74,9 @@ def _observation(line: dict[str, Any]) -> Observation:
 
 # ---- the fixtures ---------------------------------------------------------------------------------------------------
 
-PAIR: dict[int, Cost] = {1: (0.085, 0.0045, 0.004), 2: (0.055, 0.0026, 0.0045)}
-FOUR: dict[int, Cost] = {1: (0.020, 40e-6, 0.0005), 2: (0.014, 22e-6, 0.0005), 4: (0.010, 13e-6, 0.0005)}
+straight = CostCurve.straight
+PAIR: dict[int, CostCurve] = {1: straight(0.085, 0.0045, 0.004), 2: straight(0.055, 0.0026, 0.0045)}
+FOUR: dict[int, CostCurve] = {1: straight(0.020, 40e-6, 0.0005), 2: straight(0.014, 22e-6, 0.0005), 4: straight(0.010, 13e-6, 0.0005)}
 QUIET, BURST = (8.0, 0.4, 256, 32), (12.0, 4.0, 64, 24)
 
 
@@ -83,7 +85,7 @@ class Run:
     """What a virtual server is given."""
 
     policy: str
-    costs: Mapping[int, Cost]
+    costs: Mapping[int, CostCurve]
     arrivals: Sequence[tuple[float, int, int]]
     wanted_widths: Mapping[float, int] = field(default_factory=dict)
     schedule: Schedule | None = None

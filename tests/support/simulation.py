@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from vllm_flying.controller.controller import Controller
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.cost_model import PROBE_STEPS, StepCost
 from vllm_flying.controller.observation import RateTracker
 from vllm_flying.controller.pace import Pace
@@ -23,9 +24,6 @@ from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
 from vllm_flying.frontend.observe import observe
 from vllm_flying.scheduler.meter import FIRST_STEPS
-
-Cost = tuple[float, float, float]
-"""Seconds: of any step, per prompt token, per decoding request."""
 
 STEP_TOKENS = 2048
 MAX_RUNNING = 256
@@ -74,7 +72,7 @@ class SimulatedServer:
 
     def __init__(
         self,
-        costs: Mapping[int, Cost],
+        costs: Mapping[int, CostCurve],
         layout: Layout,
         controller: Controller | None = None,
         switch_s: float = 0.03,
@@ -100,7 +98,7 @@ class SimulatedServer:
         for learned in self._learned:
             for width, cost in learned.items():
                 # A probe sees no sampling; here none of what a decoding request takes beyond a prompt token.
-                fixed, per_token = 0.9 * costs[width][0], costs[width][1]
+                fixed, per_token = 0.9 * costs[width].step_s, costs[width].prompt_token_s
                 cost.seed([(prompt, decodes, fixed + per_token * (prompt + decodes)) for prompt, decodes in PROBE_STEPS])
         self._counters = dict.fromkeys(
             ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished"), 0
@@ -159,8 +157,7 @@ class SimulatedServer:
                 group.chunks.append((request, tokens))
                 budget -= tokens
         prompt_tokens, decodes = _made_up_of(group.chunks)
-        fixed, per_token, per_decode = self._costs[len(group.engines)]
-        seconds = fixed + per_token * prompt_tokens + per_decode * decodes
+        seconds = self._costs[len(group.engines)].of(prompt_tokens, decodes)
         seconds *= self._pace(now, len(group.engines)) * (1 + self._noise * self._random.uniform(-1, 1))
         engine, width = group.engines[0], len(group.engines)
         self._steps[engine] += 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vllm_flying.controller.cost_curve import KNEES, CostCurve
+
 
 def describe_step_costs(status: Mapping[str, Any]) -> Iterator[str]:
     """A line per engine and width; nothing if no engine knows any costs."""
@@ -33,13 +35,10 @@ def why_no_step_costs(status: Mapping[str, Any]) -> str:
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
-    # One request decodes in a step: the step itself and its share.
-    step = _ms(cost["step_s"] + cost["decode_s"])
+    curve = CostCurve.from_dict(cost)
+    steps = ", ".join(f"{_ms(curve.of(0, requests))} with {_count(requests, 'request')}" for requests in (1, *KNEES[1:]))
     source = f"learned from {_count(cost['steps'], 'step')}" if cost["steps"] else "probed only, no step was learned from yet"
-    return (
-        f"a step with 1 request {step}, each further one {_ms(cost['decode_s'])}, a prompt token "
-        f"{_ms(cost['prompt_token_s'])} ({source})"
-    )
+    return f"a step takes {steps}, a prompt token {_ms(curve.prompt_token_s)} ({source})"
 
 
 def _probed(prompt_tokens: float, decodes: float) -> str:

@@ -1,18 +1,20 @@
 """What a step costs in a layout, learned from the steps that were run.
 
-Pure; numpy for a fit of three numbers. A step of `p` prompt tokens and `d` decoding requests takes about `fixed +
-per_prompt_token * p + per_decode * d` seconds. Steps of about the same make-up are averaged, each kind by itself, and
-the numbers are fitted to the kinds: a quiet hour doesn't make the server forget what a full batch costs. A probe at
-start stands in for kinds that haven't run yet. How slow the machine is at a time is told apart (`controller.pace`).
+Pure; numpy for a fit of a few numbers. Steps of about the same make-up are averaged, each kind by itself, and a curve
+(`controller.cost_curve`) is fitted to the kinds: a quiet hour doesn't make the server forget what a full batch costs. A
+probe at start stands in for kinds that haven't run yet. How slow the machine is at a time is told apart
+(`controller.pace`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from vllm_flying.controller.cost_curve import KNEES, CostCurve
 from vllm_flying.controller.pace import HELD_UP, Pace
 
 # Below this a fitted number is noise: no step is free, and none gets cheaper with more work.
@@ -26,8 +28,8 @@ KNOWN_STEPS = 16
 PROBE_STEPS = ((0, 1), (31, 1), (0, 32), (127, 1), (0, 128))
 # A probe's kind counts as so many real steps, once there are any.
 STAND_IN = 0.05
-# So that three numbers come out of fewer kinds: what can't be told apart is a cost of every step.
-UNITS = np.array([1.0, 64.0, 8.0])
+# So that all numbers come out of fewer kinds: what can't be told apart is a cost of every step, and every request the same.
+UNITS = np.array([1.0, 64.0, 8.0, *(64.0 for _ in KNEES[1:])])
 RIDGE = 1e-3
 
 
@@ -66,11 +68,11 @@ class StepCost:
     """Real steps learned from."""
     _seen: Kinds = field(default_factory=dict)
     _probed: Kinds = field(default_factory=dict)
-    _probe_numbers: tuple[float, float, float] | None = None
+    _probe_curve: CostCurve | None = None
     """The fit of the probe alone; None without one."""
-    _numbers: tuple[float, float, float] | None = None
+    _curve: CostCurve | None = None
     """The fit, kept while nothing is learned: engines are asked for it between steps, and in every switch."""
-    _last_fit: tuple[float, float, float] | None = None
+    _last_fit: CostCurve | None = None
 
     @property
     def known(self) -> bool:
@@ -80,12 +82,11 @@ class StepCost:
     @property
     def prompt_token_s(self) -> float | None:
         """Seconds per prompt token, if known."""
-        return self.numbers()[1] if self.known else None
+        return self.curve().prompt_token_s if self.known else None
 
     def decode_step_s(self, requests: int) -> float:
         """Seconds of a step in which so many requests decode."""
-        fixed, _, per_decode = self.numbers()
-        return fixed + per_decode * requests
+        return self.curve().of(0, requests)
 
     def learn(self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None) -> None:
         """A step was run. With the engine's `pace`, what such a step usually takes is learned, whatever it took now."""
@@ -93,37 +94,36 @@ class StepCost:
             seconds = pace.usual(seconds, self._usual_s(prompt_tokens, decodes))
         _add(self._seen, prompt_tokens, decodes, seconds)
         self.steps += 1
-        self._numbers = None
+        self._curve = None
 
     def _usual_s(self, prompt_tokens: int, decodes: int) -> float | None:
         """What is known of the step's kind, brought to its make-up by the last fit; None if it isn't a known kind.
 
-        The fit alone won't do: what costs more than a straight line says would be taken for a slow machine.
+        The fit alone won't do: what costs more than the curve says would be taken for a slow machine.
         """
         kind = self._seen.get(_key(prompt_tokens, decodes))
         if kind is None or not kind.is_known or self._last_fit is None:
             return None
-        fixed, prompt, decode = self._last_fit
-        here = fixed + prompt * prompt_tokens + decode * decodes
-        return kind.seconds * here / (fixed + prompt * kind.prompt_tokens + decode * kind.decodes)
+        return kind.seconds * self._last_fit.of(prompt_tokens, decodes) / self._last_fit.of(kind.prompt_tokens, kind.decodes)
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
         """Learn from a probe: (prompt tokens, decoding requests, seconds) of steps."""
         for prompt_tokens, decodes, seconds in probes:
             _add(self._probed, int(prompt_tokens), int(decodes), seconds)
         if self._probed:
-            self._probe_numbers = _fit(self._probed.values())
-        self._numbers = None
+            self._probe_curve = _fit(self._probed.values())
+        self._curve = None
 
-    def report(self) -> list[float]:
-        """As `estimates` takes it: the numbers, real steps learned from, and the probe's own numbers, if there was one."""
-        return [*self.numbers(), self.steps, *(self._probe_numbers or ())]
+    def report(self) -> dict[str, Any]:
+        """As `estimates` takes it: the curve, real steps learned from, and the probe's own curve, None without a probe."""
+        probe = None if self._probe_curve is None else self._probe_curve.to_dict()
+        return {"curve": self.curve().to_dict(), "steps": self.steps, "probe": probe}
 
-    def numbers(self) -> tuple[float, float, float]:
-        """(fixed, per prompt token, per decoding request), in seconds, none below zero."""
-        if self._numbers is None:
-            self._numbers = self._last_fit = _fit([*self._seen.values(), *self._stand_ins()])
-        return self._numbers
+    def curve(self) -> CostCurve:
+        """What is known of this width's steps, no number of it below zero."""
+        if self._curve is None:
+            self._curve = self._last_fit = _fit([*self._seen.values(), *self._stand_ins()])
+        return self._curve
 
     def _stand_ins(self) -> list[_Kind]:
         """The probe's kinds that haven't run, with what real steps were found to cost beyond a probe."""
@@ -136,16 +136,16 @@ class StepCost:
 
     def _beyond_probe(self) -> tuple[float, float]:
         """Seconds per step and per decoding request that a probe doesn't have: scheduling, sampling."""
-        if self._probe_numbers is None:
+        if self._probe_curve is None:
             return 0.0, 0.0
-        fixed, prompt, decode = self._probe_numbers
+        probe = self._probe_curve
         # Next to a long prompt it is lost in the noise.
-        telling = [kind for kind in self._seen.values() if prompt * kind.prompt_tokens <= fixed]
+        telling = [kind for kind in self._seen.values() if probe.prompt_token_s * kind.prompt_tokens <= probe.step_s]
         if not telling:
             return 0.0, 0.0
         weights = _weights(telling)
         rows = np.array([[1.0, kind.decodes] for kind in telling]) / UNITS[[0, 2]] * weights[:, None]
-        beyond = [kind.seconds - fixed - prompt * kind.prompt_tokens - decode * kind.decodes for kind in telling]
+        beyond = [kind.seconds - probe.of(kind.prompt_tokens, kind.decodes) for kind in telling]
         per_step, per_decode = _not_negative(rows, np.array(beyond) * weights) / UNITS[[0, 2]]
         return float(per_step), float(per_decode)
 
@@ -162,16 +162,18 @@ def _add(kinds: Kinds, prompt_tokens: int, decodes: int, seconds: float) -> None
         kinds[key] = _Kind(float(prompt_tokens), float(decodes), seconds)
 
 
-def _fit(kinds: Iterable[_Kind]) -> tuple[float, float, float]:
-    """(fixed, per prompt token, per decoding request) of the kinds."""
+def _fit(kinds: Iterable[_Kind]) -> CostCurve:
+    """The curve of the kinds."""
     kinds = list(kinds)
     if not kinds:
-        return LEAST, LEAST, LEAST
+        return CostCurve.straight(LEAST, LEAST, LEAST)
     weights = _weights(kinds)
-    rows = np.array([[1.0, kind.prompt_tokens, kind.decodes] for kind in kinds]) / UNITS * weights[:, None]
+    decodes = np.array([[max(0.0, kind.decodes - knee) for knee in KNEES] for kind in kinds])
+    others = np.array([[1.0, kind.prompt_tokens] for kind in kinds])
+    rows = np.hstack([others, decodes]) / UNITS * weights[:, None]
     fitted = _not_negative(rows, np.array([kind.seconds for kind in kinds]) * weights) / UNITS
-    fixed, prompt, decode = np.maximum(fitted, LEAST)
-    return float(fixed), float(prompt), float(decode)
+    step, prompt, first, *more = (float(number) for number in fitted)
+    return CostCurve(max(step, LEAST), max(prompt, LEAST), (max(first, LEAST), *more))
 
 
 def _weights(kinds: Iterable[_Kind]) -> np.ndarray:
@@ -194,21 +196,18 @@ def _not_negative(rows: np.ndarray, goals: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def estimates(reports: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, float, float]]:
-    """The numbers per width. Where one has hardly run yet: its probe's, and what the others cost beyond their probes.
+def estimates(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, CostCurve]:
+    """The curve per width. Where one has hardly run yet: its probe's, and what the others cost beyond their probes.
 
     Else an unknown layout would look cheaper than a known one, by all that a probe doesn't see; and a few first steps
     don't tell what is a step's and what is its requests'.
     """
-    numbers = {width: (report[0], report[1], report[2]) for width, report in reports.items()}
-    probed = {width: report[4:] for width, report in reports.items() if len(report) > 4}
-    known = [width for width in probed if reports[width][3] >= ENOUGH_STEPS]
+    curves = {width: CostCurve.from_dict(report["curve"]) for width, report in reports.items()}
+    probed = {width: CostCurve.from_dict(report["probe"]) for width, report in reports.items() if report["probe"]}
+    known = [width for width in probed if reports[width]["steps"] >= ENOUGH_STEPS]
     if not known:
-        return numbers
-    per_step, per_decode = (
-        sum(max(0.0, numbers[width][place] - probed[width][place]) for width in known) / len(known) for place in (0, 2)
-    )
-    for width, (fixed, per_prompt_token, decode) in probed.items():
-        if width not in known:
-            numbers[width] = (fixed + per_step, per_prompt_token, decode + per_decode)
-    return numbers
+        return curves
+    per_step = sum(max(0.0, curves[width].step_s - probed[width].step_s) for width in known) / len(known)
+    per_decode = sum(max(0.0, curves[width].decode_s[0] - probed[width].decode_s[0]) for width in known) / len(known)
+    unknown = {width: probe.plus(per_step, per_decode) for width, probe in probed.items() if width not in known}
+    return curves | unknown

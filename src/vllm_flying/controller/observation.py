@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.response import NO_TARGETS, Load, Targets
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
@@ -73,8 +74,8 @@ class Observation:
     time: float
     layout: Layout
     groups: tuple[GroupObservation, ...]
-    costs: Mapping[int, tuple[float, float, float]]
-    """Per width, see `cost_model`."""
+    costs: Mapping[int, CostCurve]
+    """Per width."""
     widths: tuple[int, ...]
     """Widths that were built, 1 included."""
     kv_tokens_per_engine: int

@@ -36,12 +36,12 @@ def predicted_response(observation: Observation, layout: Layout) -> Response | N
     """A usual request's times in a layout; None for a width whose cost isn't known."""
     widest = max(len(group) for group in layout.groups)
     narrowest = min(len(group) for group in layout.groups)
-    numbers = observation.costs.get(narrowest)
-    if numbers is None or widest not in observation.costs:
+    curve = observation.costs.get(narrowest)
+    if curve is None or widest not in observation.costs:
         return None
     # In a mixed layout usual requests go to the narrow groups; the wide one is there for its own request.
     num_groups = sum(1 for group in layout.groups if len(group) == narrowest)
-    return response(numbers, num_groups, observation.load, observation.max_running)
+    return response(curve, num_groups, observation.load, observation.max_running)
 
 
 def load(observation: Observation) -> Plan | None:

@@ -1,15 +1,17 @@
 """How long a usual request will take in a layout under the present load.
 
-Pure. A step costs `fixed + per_prompt_token * p + per_decode * d` (see `cost_model`). In a group that gets `r` requests
-per second of `P` prompt and `O` output tokens, prompts take the share `r * P * per_prompt_token` of its time, so that a
-step of `d` decoding requests takes `(fixed + per_decode * d) / (1 - share)`; and with requests staying for `O` steps,
-`d` grows by what arrives beyond what leaves. Narrow groups are slower for one request and have more time between two of
-them: which one wins depends on the load.
+Pure. A step of `d` decoding requests costs `step(d)`, and a prompt token `prompt_token_s` (see `cost_curve`). In a group
+that gets `r` requests per second of `P` prompt and `O` output tokens, prompts take the share `r * P * prompt_token_s` of
+its time, so that a step takes `step(d) / (1 - share)`; and with requests staying for `O` steps, `d` grows by what arrives
+beyond what leaves. Narrow groups are slower for one request and have more time between two of them: which one wins depends
+on the load.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from vllm_flying.controller.cost_curve import CostCurve
 
 # Prompts take no more of a group's time than this, however many come: some is left for who decodes.
 BUSIEST = 0.95
@@ -58,39 +60,35 @@ class Response:
         return max([0.0, *(took / target - 1.0 for took, target in pairs if target is not None)])
 
 
-def response_s(numbers: tuple[float, float, float], num_groups: int, load: Load, max_running: int) -> float:
+def response_s(curve: CostCurve, num_groups: int, load: Load, max_running: int) -> float:
     """Seconds from a usual request's arrival to its last token, in one of `num_groups` equal groups."""
-    return response(numbers, num_groups, load, max_running).total_s
+    return response(curve, num_groups, load, max_running).total_s
 
 
-def response(numbers: tuple[float, float, float], num_groups: int, load: Load, max_running: int) -> Response:
+def response(curve: CostCurve, num_groups: int, load: Load, max_running: int) -> Response:
     """A usual request's times in one of `num_groups` equal groups."""
-    fixed, per_prompt_token, per_decode = numbers
     rate = load.arrival_rate / num_groups
-    left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * per_prompt_token)
+    left_of_prompts = 1.0 - min(BUSIEST, rate * load.prompt_tokens * curve.prompt_token_s)
     present = max(1.0, load.unfinished / num_groups)
-    decoding = min(float(max_running), _decoding_soon(numbers, rate, load, present, left_of_prompts))
-    step_s = (fixed + per_decode * decoding) / left_of_prompts
+    decoding = min(float(max_running), _decoding_soon(curve, rate, load, present, left_of_prompts))
+    step_s = curve.of(0, decoding) / left_of_prompts
     queued = load.prompt_tokens_queued / num_groups + load.prompt_tokens
-    first_token_s = step_s / 2 + queued * per_prompt_token / left_of_prompts
+    first_token_s = step_s / 2 + queued * curve.prompt_token_s / left_of_prompts
     turns = max(1.0, present / max_running)
     turn_s = first_token_s + load.output_tokens * step_s
     return Response((turns - 1.0) * turn_s + first_token_s, step_s, turns * turn_s)
 
 
-def _decoding_soon(
-    numbers: tuple[float, float, float], rate: float, load: Load, present: float, left_of_prompts: float
-) -> float:
+def _decoding_soon(curve: CostCurve, rate: float, load: Load, present: float, left_of_prompts: float) -> float:
     """Decoding requests of a group at the end of the horizon, those that are `present` at least.
 
     Of those who decode some leave, the more of them the more there are, until that balances arrivals (Little's law). A
     group that can't keep up has no such balance and fills by what is beyond. As many leave all the time as at the end,
     so that more to begin with, or more that arrive, never come to fewer.
     """
-    fixed, _, per_decode = numbers
 
     def still_fills(decoding: float) -> bool:
-        leaving = decoding * left_of_prompts / (load.output_tokens * (fixed + per_decode * decoding))
+        leaving = curve.most_per_s(decoding) * left_of_prompts / load.output_tokens
         return present + (rate - leaving) * HORIZON_S > decoding
 
     least, most = present, present + rate * HORIZON_S

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.cost_model import ENOUGH_STEPS, estimates
 from vllm_flying.controller.observation import GroupObservation, Observation, RateTracker, Totals
 from vllm_flying.controller.response import NO_TARGETS, Targets
@@ -66,17 +67,17 @@ def observe(
     )
 
 
-def step_costs(statuses: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float, float]]:
+def step_costs(statuses: Sequence[Mapping[str, Any]]) -> dict[int, CostCurve]:
     """For each width the fit of an engine that knows it, at that engine's pace: see `controller.cost_model` and `.pace`.
 
     The first engine that has seen enough steps, or the one that has seen most. The first of all leads whatever group it
     is in, so its pace is always that of now, and what is slow for one is slow for all that it knows.
     """
-    best: dict[int, tuple[int, float, list[float]]] = {}
+    best: dict[int, tuple[int, float, Mapping[str, Any]]] = {}
     for status in statuses:
-        for width, numbers in status["costs"].items():
-            steps = min(int(numbers[3]), ENOUGH_STEPS)
+        for width, report in status["costs"].items():
+            steps = min(report["steps"], ENOUGH_STEPS)
             if int(width) not in best or steps > best[int(width)][0]:
-                best[int(width)] = (steps, status["pace"], numbers)
-    usual = estimates({width: numbers for width, (_, _, numbers) in best.items()})
-    return {width: (best[width][1] * a, best[width][1] * b, best[width][1] * c) for width, (a, b, c) in usual.items()}
+                best[int(width)] = (steps, status["pace"], report)
+    usual = estimates({width: report for width, (_, _, report) in best.items()})
+    return {width: curve.at_pace(best[width][1]) for width, curve in usual.items()}

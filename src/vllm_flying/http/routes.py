@@ -25,7 +25,6 @@ from vllm_flying.frontend.switcher import SwitchFailed
 
 PREFIX = "/plugins/flying"
 PAGE = Path(__file__).parent / "page" / "index.html"
-COSTS = ("step_s", "prompt_token_s", "decode_s")
 ENGINE_FIELDS = ("engine", "state", "group", "pages", "scheduled_tokens", "pace")
 
 
@@ -131,7 +130,7 @@ async def _status(flying: Any) -> dict[str, Any]:
         "policy": flying.settings.policy,
         "engines": [{**{name: s[name] for name in ENGINE_FIELDS}, "step_costs": _engine_costs(s)} for s in statuses],
         "groups": groups,
-        "step_costs": {str(width): dict(zip(COSTS, cost, strict=True)) for width, cost in step_costs(statuses).items()},
+        "step_costs": {str(width): curve.to_dict() for width, curve in step_costs(statuses).items()},
         "last_switch": state.last_switch,
     }
 
@@ -139,6 +138,6 @@ async def _status(flying: Any) -> dict[str, Any]:
 def _engine_costs(status: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By width what this engine has learned, from how many `steps` of its own, and its probe: see `worker.probe`."""
     return {
-        width: {**dict(zip(COSTS, report)), "steps": report[3], "probe": status["probes"].get(width, [])}
+        width: {**report["curve"], "steps": report["steps"], "probe": status["probes"].get(width, [])}
         for width, report in status["costs"].items()
     }
