@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -103,6 +104,25 @@ def test_a_machine_that_is_slow_at_times_keeps_nobody_in_the_wrong_layout(seed: 
     assert len(server.switches) <= 4 and 60.0 < splits[-1] < 68.0, server.switches
     merge, layout = server.switches[-1]
     assert len(layout.groups) == 1 and 84.0 < merge < 100.0, server.switches
+
+
+def jitter(seed: int) -> Callable[[float, int], float]:
+    """A pace that wanders about by an eighth, from one second to the next."""
+    source, values = random.Random(seed + 77), [0.0]
+    for _ in range(3000):
+        values.append(0.8 * values[-1] + source.gauss(0, 0.08))
+    return lambda now, width: math.exp(values[int(4 * now)])
+
+
+@pytest.mark.parametrize("seed", [1, 6])
+def test_a_machine_whose_pace_wanders_keeps_nobody_in_the_wrong_layout(seed: int) -> None:
+    """The pair is left when it looks slow; the engines' first full batches must not look quick for that."""
+    costs = {1: CostCurve(0.0205, 0.00032, (0.0006, 0.0006)), 2: CostCurve(0.0125, 0.00018, (0.0007, 0.0006))}
+    arrivals = poisson([(60.0, 4.0, 64, 32), (25.0, 12.0, 64, 48), (60.0, 4.0, 64, 32)], seed)
+    server = SimulatedServer(costs, Layout.of([[0, 1]], 2), Controller(auto), seed=seed, noise=0.3, pace=jitter(seed))
+    server.run(arrivals)
+    (split, _), (merge, layout) = server.switches
+    assert 60.0 < split < 75.0 and 80.0 < merge < 97.0 and len(layout.groups) == 1, server.switches
 
 
 @pytest.mark.parametrize("seed", [3, 4])

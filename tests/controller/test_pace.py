@@ -34,6 +34,15 @@ def test_steps_of_another_layout_are_learned_at_the_present_pace() -> None:
     assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.1)
 
 
+def test_a_slow_moment_is_forgotten_with_the_layout_and_a_slow_minute_is_not() -> None:
+    pace = Pace()
+    for steps, ratio, after in ((1000, 1.4, 1.4), (40, 2.0, 1.5)):
+        for _ in range(steps):
+            pace.usual(ratio, 1.0)
+        pace.layout_changed()
+        assert pace.factor == pytest.approx(after, rel=0.05)
+
+
 def test_steps_that_cost_more_than_a_straight_line_says_are_no_slow_machine() -> None:
     cost, pace = StepCost(), Pace()
     for _ in range(4000):

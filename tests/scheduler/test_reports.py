@@ -30,4 +30,4 @@ def test_probes_are_in_the_status_and_seed_the_costs_once() -> None:
     assert agent.handle("status", {})["probes"] == {} and agent.handle("status", {})["costs"] == {}
     probes = {"1": [[0, 1, 0.02], [0, 32, 0.03]]}
     assert agent.handle("probe", {}) == agent.handle("probe", {}) == probes and asked == ["flying_probes"]
-    assert agent.handle("status", {})["probes"] == probes and agent.handle("status", {})["costs"]["1"][3] == 0
+    assert agent.handle("status", {})["probes"] == probes and agent.handle("status", {})["costs"]["1"]["steps"] == 0

@@ -199,6 +199,8 @@ class SimulatedServer:
         assert self._target is not None and self._controller is not None
         requests = sorted((r for group in self._groups for r in group.requests), key=lambda r: r.arrival)
         self.layout, self._target = self._target, None
+        for pace in self._paces:
+            pace.layout_changed()
         self._groups = [_Group(group) for group in self.layout.groups]
         for request in requests:
             min(self._groups, key=lambda group: len(group.requests) / len(group.engines)).requests.append(request)

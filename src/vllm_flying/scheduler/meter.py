@@ -53,6 +53,7 @@ class EngineMeter:
     def group_changed(self) -> None:
         """The engine is in another group from now on: what came before isn't served by one group."""
         self._group_since = time.time()
+        self.pace.layout_changed()
 
     def step_begins(self, scheduler_output: Any, requests: Mapping[str, Any]) -> None:
         """A step was scheduled; `requests` are the scheduler's."""
