@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.support.stepping import SteppedEngine, SteppedServer, make_request
+from tests.support.stepping import SteppedServer, make_request
 from vllm_flying.scheduler import aborts, agent
 from vllm_flying.scheduler.aborts import MOST, UnknownAborts
 
@@ -44,37 +43,6 @@ def test_an_abort_between_hand_over_and_adoption_ends_a_fresh_request(server: St
     server.switch(TP, before=hang_up)
     server.step(3)
     assert not server.unfinished and not server.engines[0].started
-
-
-def test_workers_of_engines_without_steps_wake_while_the_switch_is_prepared(
-    server: SteppedServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    woken: list[tuple[str, int]] = []
-    present = "nothing"
-
-    def look(operation: str, engine: int) -> None:
-        nonlocal present
-        present = operation
-
-    for each in server.engines:
-
-        def call(
-            method: str, arguments: Any = (), non_block: bool = False, *, engine: SteppedEngine = each, to: Any = each._call_workers
-        ) -> Any:
-            if method == "flying_together" and arguments[0] == "awake":
-                woken.append((present, engine.agent.engine))
-                assert non_block
-            return to(method, arguments, non_block)
-
-        monkeypatch.setattr(each.agent, "_call_workers", call)
-    server.switch(TP, before=look)
-    assert woken == [("prepare", 0), ("prepare", 1)]
-    server.switch(DP, before=look)
-    assert woken[2:] == [("prepare", 0)], "those of a parked engine follow the leader's"
-    server.send(1, make_request("r", 20, 50))
-    server.step()
-    server.switch(TP, before=look)
-    assert woken[3:] == [("prepare", 0)], "those of an engine that steps are awake"
 
 
 @pytest.mark.parametrize("first", ["admit", "transfer"])

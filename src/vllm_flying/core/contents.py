@@ -43,15 +43,12 @@ class PageContents:
         physical[~again] = free[~self._among(free, wanted[again])]
         strange = physical[~again]
         self._writer[strange[self._writer[strange] == width]] = NOBODY  # the KV of another virtual page of this group
-        former[self._among(former, physical)] = 0
-        former[virtual] = physical
+        self._stand(former, virtual, physical)
         return physical
 
     def stand_in(self, width: int, virtual: Pages, physical: Pages) -> None:
         """The group of `width` wants these pages behind `virtual` ones when it forms: they hold its KV already."""
-        former = self._former_of(width)
-        former[self._among(former, physical)] = 0
-        former[virtual] = physical
+        self._stand(self._former_of(width), virtual, physical)
         self._writer[physical] = width
 
     def in_place(self, width: int) -> tuple[Pages, Pages]:
@@ -64,6 +61,11 @@ class PageContents:
         """Those of `virtual` that hold what the group of `width` wrote into them last."""
         holding: Pages = virtual[self._writer[physical] == width]
         return holding
+
+    def _stand(self, former: Pages, virtual: Pages, physical: Pages) -> None:
+        """Behind these pages of a group and no others."""
+        former[self._among(former, physical)] = 0
+        former[virtual] = physical
 
     def _among(self, pages: Pages, others: Pages) -> np.ndarray:
         """Which of `pages` are among `others`, in linear time."""

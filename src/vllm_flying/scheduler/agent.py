@@ -167,9 +167,6 @@ class EngineAgent:
         if self._draining or facade.steps_in_flight:
             self._resting = Future()
             return self._resting
-        if not facade.parked and not facade.active.has_requests():
-            # vLLM's workers fall asleep a second after their last call: they wake while the others prepare, too.
-            self._call_workers("flying_together", ("awake",), non_block=True)
         return self._at_rest()
 
     def after_step(self) -> None:

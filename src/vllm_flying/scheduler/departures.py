@@ -5,7 +5,7 @@ May import vllm. Until a request is released here nothing about it has changed, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -65,19 +65,26 @@ def make_offer(facade: FlyingScheduler, width: int, request: Request, state: byt
     begins_again = _must_begin_again(request, facade.schedulers[width].use_v2_model_runner)
     (pages,) = manager.get_block_ids(request.request_id) if request.num_computed_tokens else ([],)
     return {
-        "request_id": request.request_id,
+        **placing(facade, request, pages),
         "width": width,
-        "tokens": request.num_computed_tokens,
-        "pages": list(pages),
         "packed": pack_begun(request),
         "state": state,
-        "priority": request.priority,
-        "arrival_time": request.arrival_time,
         "kv_bytes": len(pages) * page_bytes(facade) * width,
-        "most_tokens": kv_tokens_needed(request, facade.max_model_len),
         "begins_again": begins_again,
         # Prompt logprobs are collected on the way through the prompt: halfway, they would be collected twice.
         "recomputable": begins_again or request.sampling_params.prompt_logprobs is None,
+    }
+
+
+def placing(facade: FlyingScheduler, request: Request, pages: Sequence[int]) -> dict[str, Any]:
+    """What decides where one request goes, as fields of `core.migration.Offer`."""
+    return {
+        "request_id": request.request_id,
+        "tokens": request.num_computed_tokens,
+        "pages": list(pages),
+        "priority": request.priority,
+        "arrival_time": request.arrival_time,
+        "most_tokens": kv_tokens_needed(request, facade.max_model_len),
     }
 
 

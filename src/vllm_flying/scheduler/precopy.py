@@ -19,7 +19,7 @@ from vllm_flying.core.contents import ALONE, NOBODY, from_bitmap, to_bitmap
 from vllm_flying.core.leases import PageNumbers, Pages, as_pages
 from vllm_flying.scheduler import departures
 from vllm_flying.scheduler.errors import SwitchRefused
-from vllm_flying.scheduler.limits import kv_tokens_needed, page_tokens
+from vllm_flying.scheduler.limits import page_tokens
 from vllm_flying.scheduler.prefixes import ANY_TOKEN, as_request
 from vllm_flying.scheduler.reports import WorkerCall
 
@@ -90,21 +90,14 @@ class Precopy:
         }
 
     def _surveyed(self, request: Request) -> dict[str, Any]:
-        """As `core.migration.Offer`, and the tokens whose KV is there for good: those before the last that is known."""
+        """As `departures.placing`, and the tokens whose KV is there for good: those before the last that is known."""
         facade = self._agent.facade
         (pages,) = facade.active.kv_cache_manager.get_block_ids(request.request_id)
         self._sources[request.request_id] = _Source(request, list(pages), request.num_preemptions)
         done = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1)
         tokens = np.asarray(request.all_token_ids[:done], dtype=np.int32)
-        return {
-            "request_id": request.request_id,
-            "tokens": request.num_computed_tokens,
-            "pages": list(pages),
-            "priority": request.priority,
-            "arrival_time": request.arrival_time,
-            "most_tokens": kv_tokens_needed(request, facade.max_model_len),
-            "prefix": {"name": request.request_id, "tokens": tokens.tobytes(), "salt": request.cache_salt},
-        }
+        prefix = {"name": request.request_id, "tokens": tokens.tobytes(), "salt": request.cache_salt}
+        return {**departures.placing(facade, request, pages), "prefix": prefix}
 
     def reserve(self, count: int) -> dict[str, Any]:
         """Leaders: free pages to copy into, and the pages that the group has handed out since it was formed."""

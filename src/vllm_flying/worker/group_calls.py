@@ -141,9 +141,6 @@ class GroupCalls:
     def _flying_physical(self, width: int, pages: Sequence[int]) -> Sequence[int]:
         return pages if width == 1 else self._flying[width].pages.physical(pages)
 
-    def _flying_do_awake(self) -> None:
-        """Nothing: whoever hears it is awake."""
-
     def _flying_do_forget(self, request_ids: dict[int, list[str]]) -> None:
         """Drop requests from the runners of the layouts they left, by width."""
         for width, ids in request_ids.items():
