@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,15 @@ def client(flying: Flying) -> Iterator[TestClient]:
 
 def switch(client: TestClient, groups: Any = ([0, 1],), **options: Any) -> Any:
     return client.post("/plugins/flying/switch", json={"groups": list(groups), **options})
+
+
+def test_the_layout_is_told_without_asking_an_engine(flying: Flying, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Flying, "call_all")
+    switch(client, method="pause")
+    layout = client.get("/plugins/flying/layout").json()
+    assert layout == {"epoch": 1, "groups": [[0, 1]], "since": pytest.approx(time.time(), abs=30)}
+    switch(client, method="migrate")  # what is paused, into the same layout
+    assert client.get("/plugins/flying/layout").json() == {**layout, "epoch": 2}
 
 
 def test_a_switch_answers_with_its_record(client: TestClient) -> None:

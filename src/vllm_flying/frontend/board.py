@@ -42,11 +42,13 @@ class BoardState:
     last_switch: dict[str, Any] | None = None
     has_switched: bool = False
     """Whether a switch was ever begun: requests may be with another engine than the one they were sent to."""
+    since: float = 0.0
+    """When these groups were formed, in seconds since 1970."""
 
     def to_json(self) -> str:
         """For the file."""
         groups = [{"engines": list(group.engines), "kv_tokens": group.kv_tokens} for group in self.groups]
-        fields = {name: getattr(self, name) for name in ("epoch", "engine_tp", "last_switch", "has_switched")}
+        fields = {name: getattr(self, name) for name in ("epoch", "engine_tp", "last_switch", "has_switched", "since")}
         return json.dumps({**fields, "groups": groups})
 
     @classmethod

@@ -8,6 +8,7 @@ served the beginning of the prompt before.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Router:
                     if not self._board.exists:
                         statuses = await self.engines.call_all("status")
                         groups = tuple(BoardGroup((s["engine"],), s["kv_tokens_capacity"]) for s in statuses)
-                        self._board.publish(BoardState(0, self.settings.engine_tp, groups))
+                        self._board.publish(BoardState(0, self.settings.engine_tp, groups, since=time.time()))
                         metrics().layout([list(group.engines) for group in groups])
             except SwitchPendingError:
                 await asyncio.sleep(PENDING_RETRY_S)

@@ -262,7 +262,8 @@ class Switcher:
             if group[0] in transaction.committed:
                 kv_tokens[group] = transaction.committed[group[0]]["kv_tokens"]
         groups = tuple(BoardGroup(group, kv_tokens[group]) for group in transaction.target.groups)
-        self._board.publish(replace(state, epoch=transaction.epoch, groups=groups, last_switch=record))
+        since = state.since if transaction.target == transaction.source else time.time()
+        self._board.publish(replace(state, epoch=transaction.epoch, groups=groups, last_switch=record, since=since))
 
     async def _hand_over(self, transaction: SwitchTransaction) -> None:
         for reply in transaction.committed.values():

@@ -1,4 +1,4 @@
-"""GET /plugins/flying/status, /decisions, /memory and the page itself, and POST /plugins/flying/switch.
+"""GET /plugins/flying/status, /layout, /decisions, /memory and the page itself, and POST /plugins/flying/switch.
 
 May import vllm and fastapi. Guarded by vLLM's API keys as the /v1 routes are, but for the page, which holds no data:
 it asks for the key and calls the others.
@@ -60,6 +60,13 @@ def build_router(app: FastAPI) -> APIRouter:
     @routes.get("/status")
     async def status(flying: Any = Depends(enabled)) -> JSONResponse:
         return JSONResponse(await _status(flying))
+
+    @routes.get("/layout")
+    async def layout(flying: Any = Depends(enabled)) -> JSONResponse:
+        """For whoever asks often: no engine is asked."""
+        state = await flying.ready()
+        groups = [list(group.engines) for group in state.groups]
+        return JSONResponse({"epoch": state.epoch, "groups": groups, "since": state.since})
 
     @routes.get("/decisions")
     async def decisions(flying: Any = Depends(enabled)) -> JSONResponse:
