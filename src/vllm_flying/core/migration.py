@@ -107,15 +107,13 @@ def _in_turn(offers: Sequence[Offer]) -> list[Offer]:
 
     A source gets room by what leaves it, and a group has no more room than the fullest of its engines.
     """
-    by_age = sorted(offers, key=lambda offer: (offer.arrival_time, offer.request_id))
+    urgent_first = sorted(offers, key=lambda offer: (offer.priority, offer.arrival_time, offer.request_id))
     staying = dict.fromkeys((offer.source for offer in offers), 0.0)
-    for offer in by_age:
+    turns = {}
+    for offer in reversed(urgent_first):  # what its source holds when its turn comes: itself and those after it
         staying[offer.source] += offer.tokens / len(offer.source)
-    turns = []
-    for offer in sorted(by_age, key=lambda offer: offer.priority):
-        turns.append((offer.priority, -staying[offer.source], offer))
-        staying[offer.source] -= offer.tokens / len(offer.source)
-    return [offer for _, _, offer in sorted(turns, key=lambda turn: turn[:2])]
+        turns[offer.request_id] = (offer.priority, -staying[offer.source])
+    return sorted(urgent_first, key=lambda offer: turns[offer.request_id])
 
 
 def lasting_capacity(
