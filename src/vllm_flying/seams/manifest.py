@@ -196,6 +196,7 @@ USED = [
     *_group("vllm.v1.core.sched.output", "page numbers in a step", "SchedulerOutput.scheduled_new_reqs",
             "SchedulerOutput.scheduled_cached_reqs", "SchedulerOutput.new_block_ids_to_zero",
             "SchedulerOutput.kv_cache_block_copies", "NewRequestData.block_ids", "CachedRequestData.new_block_ids"),
+    *_group("vllm.v1.core.sched.output", "whether a grammar follows a step", "SchedulerOutput.has_structured_output_requests"),
     *_group("vllm.v1.core.sched.output", "what a step costs", "SchedulerOutput.num_scheduled_tokens",
             "SchedulerOutput.total_num_scheduled_tokens"),
     *_group("vllm.distributed.parallel_state", "communicator pool", "_TP", "_PP", "_DP", "_EP", "_DCP", "_PCP", "_ETP",

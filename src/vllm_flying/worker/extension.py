@@ -33,7 +33,7 @@ from vllm_flying.worker.kv_views import SharedPool, kernel_blocks_of, raw_pool, 
 from vllm_flying.worker.layout_table import LayoutTable, WorkerLayout, wide_vllm_config
 from vllm_flying.worker.memory import memory_report
 from vllm_flying.worker.probe import probe_runner
-from vllm_flying.worker.relay import Relay
+from vllm_flying.worker.relay import Relay, grammar_comes
 from vllm_flying.worker.sampling_seed import seed_sampling
 from vllm_flying.worker.transfer import layer_pages
 from vllm_flying.worker.transports import choose_transport, make_host_pool
@@ -53,6 +53,7 @@ class WorkerExtension(GroupCalls):
     local_rank: int
     rank: int
     _flying_pids: list[int]
+    _flying_grammar_comes: bool
     _flying_probe_results: dict[int, list[tuple[int, int, float]]]
 
     # ---- start-up -------------------------------------------------------------------------------------------------
@@ -186,13 +187,14 @@ class WorkerExtension(GroupCalls):
         if layout.width > 1:
             assert layout.relay is not None
             layout.relay.send("execute_model", scheduler_output)
+            self._flying_grammar_comes = grammar_comes(scheduler_output)
             scheduler_output = layout.pages.translate(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample after `execute_model`; in a merged group on all members alike."""
+        """Sample after `execute_model`; in a merged group on all members alike, which wait for a grammar only."""
         layout = self._flying.active
-        if layout.width > 1:
+        if layout.width > 1 and self._flying_grammar_comes:
             assert layout.relay is not None
             layout.relay.send("sample_tokens", grammar_output)
         return super().sample_tokens(grammar_output)  # type: ignore[misc]
@@ -222,7 +224,9 @@ class WorkerExtension(GroupCalls):
                 returned, written = payload
                 return returned, written, self._flying_leave(returned)
             if method == "execute_model":
-                super().execute_model(layout.pages.translate(payload))  # type: ignore[misc]
+                output = super().execute_model(layout.pages.translate(payload))  # type: ignore[misc]
+                if output is None and not grammar_comes(payload):
+                    super().sample_tokens(None)  # type: ignore[misc]
             elif method == "sample_tokens":
                 super().sample_tokens(payload)  # type: ignore[misc]
             else:

@@ -52,6 +52,11 @@ class Relay:
                     ) from None
 
 
+def grammar_comes(scheduler_output: Any) -> bool:
+    """Whether members have to be told how to sample after this step. Else they do so at once: a message less per step."""
+    return bool(scheduler_output.has_structured_output_requests)
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
