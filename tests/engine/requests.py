@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "seeded": {"temperature": 0.8, "top_p": 0.9, "seed": 11, "ignore_eos": True, "max_tokens": 30},
     "bias": {**GREEDY, "max_tokens": 12, "logit_bias": {"17": 100.0}},
     "limits": {"temperature": 0, "min_tokens": 9, "max_tokens": 14},
+    "grammar": {"temperature": 0, "max_tokens": 40, "structured_outputs": {"regex": "(ab|cd){12}[0-9]{20}"}},
 }  # fmt: skip
 PROMPTS = random_prompts(21, (24, 70, 130))
 SAMPLING: list[tuple[list[int], dict[str, Any]]] = [
