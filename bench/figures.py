@@ -27,21 +27,49 @@ class Objectives:
         return 1e3 * served.ttft <= self.ttft_ms and 1e3 * served.tpot <= self.tpot_ms
 
 
-def table(results: Mapping[str, Sequence[Replay]], objectives: Objectives) -> str:
-    """Medians over turns; in brackets the ratio to the better static server: above 1 is better for rates, else below."""
+Comparison = dict[tuple[str, str], dict[str, list[float]]]
+"""(phase, quantity) -> server -> the figure of every turn."""
+
+
+def compare(results: Mapping[str, Sequence[Replay]], objectives: Objectives) -> Comparison:
+    """Every figure of every phase and of the whole."""
     first = next(iter(results.values()))[0]
-    phases = dict.fromkeys([*(arrival.phase for arrival, _ in first.requests), "all"])
-    rows = []
-    for phase in phases:
+    comparison: Comparison = {}
+    for phase in dict.fromkeys([*(arrival.phase for arrival, _ in first.requests), "all"]):
         by_name = {name: [figures(turn, phase, objectives) for turn in turns] for name, turns in results.items()}
         for quantity in figures(first, phase, objectives):
-            values = {name: median(row[quantity] for row in turns) for name, turns in by_name.items()}
-            static = [value for name, value in values.items() if name != "auto"] or list(values.values())
-            known = [value for value in static if not math.isnan(value)] or [math.nan]
-            best = max(known) if quantity in MORE_IS_BETTER else min(known)
-            cells = (f"{value:.3g} ({value / best:.2f})" if best else f"{value:.3g}" for value in values.values())
-            rows.append([phase, quantity, *cells])
-    return markdown(["phase", "quantity", *results], rows)
+            comparison[phase, quantity] = {name: [row[quantity] for row in turns] for name, turns in by_name.items()}
+    return comparison
+
+
+def better_static(values: Mapping[str, Sequence[float]], quantity: str) -> str:
+    """The static server with the better median over turns."""
+    medians = {name: median(own) for name, own in values.items() if name != "auto" or len(values) == 1}
+    known = {name: value for name, value in medians.items() if not math.isnan(value)} or medians
+    return (max if quantity in MORE_IS_BETTER else min)(known, key=lambda name: known[name])
+
+
+def ratios(own: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Turn by turn: in a turn both servers had about the same machine, over a run they needn't have had."""
+    return [a / b for a, b in zip(own, reference, strict=True) if b]
+
+
+def table(comparison: Comparison) -> str:
+    """Medians over turns; in brackets the median ratio to the better static server, with its range for `auto`."""
+    names = list(next(iter(comparison.values())))
+    rows = []
+    for (phase, quantity), values in comparison.items():
+        best = values[better_static(values, quantity)]
+        rows.append([phase, quantity, *(_cell(values[name], best, name == "auto") for name in names)])
+    return markdown(["phase", "quantity", *names], rows)
+
+
+def _cell(own: Sequence[float], best: Sequence[float], with_range: bool) -> str:
+    cell, of_turns = f"{median(own):.3g}", ratios(own, best)
+    if not of_turns:
+        return cell
+    spread = f", {min(of_turns):.2f} to {max(of_turns):.2f}" if with_range and len(of_turns) > 1 else ""
+    return f"{cell} ({median(of_turns):.2f}{spread})"
 
 
 def line(replay: Replay) -> str:

@@ -1,7 +1,8 @@
 """`python -m bench.trace`: the same arrivals against static DP, static TP and a flying server that decides by itself.
 
 All servers are up at once and take turns, so that what the machine does to one it does to all; an idle server costs
-about nothing. Each turn has arrivals of its own, the same for every server, sent by `vllm bench serve`.
+about nothing. Each turn has arrivals of its own, the same for every server, sent by `vllm bench serve`. Ratios are those of
+a turn, and of these the median: where the machine wanders, more and shorter turns say more than a few long ones.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.arrivals import Arrival, Phase, mixed, poisson, window
-from bench.figures import Objectives, line, table
+from bench.figures import Objectives, compare, line, table
 from bench.models import add_model_options, model_of
 from bench.plots import plot_timeline
 from bench.recorded import read
 from bench.replay import Replay, replay
 from bench.report import write
 from bench.server import add_server_options, bench_server, server_flags
+from bench.targets import targets
 from tests.support.server import Server
 
 SERVERS: dict[str, dict[str, Any]] = {
@@ -66,7 +68,8 @@ def main() -> None:
         "decisions": records,
         "step_costs": step_costs,
     }
-    folder = write("trace", data, table(results, Objectives(*arguments.objectives)))
+    comparison = compare(results, Objectives(*arguments.objectives))
+    folder = write("trace", data, f"{table(comparison)}\n\n{targets(comparison)}")
     plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in results.items()})
 
 

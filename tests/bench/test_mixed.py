@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bench.arrivals import Phase, mixed, poisson
-from bench.figures import Objectives, figures, table
+from bench.figures import Objectives, compare, figures, table
 from bench.replay import Replay
 from bench.stock_client import ServedRequest
 
@@ -37,5 +37,5 @@ def test_failed_requests_are_counted_and_are_in_no_other_figure() -> None:
     whole = figures(static, "all", OBJECTIVES)
     assert whole["failed"] == long["failed"] and round(whole["mean ttft ms"]) == 200
     assert "| long | mean ttft ms | nan (nan) | 200 (1.00) | 200 (1.00) |" in table(
-        {"DP": [static], "TP": [flying], "auto": [flying]}, OBJECTIVES
+        compare({"DP": [static], "TP": [flying], "auto": [flying]}, OBJECTIVES)
     )
