@@ -11,7 +11,7 @@ help:
 	@echo "make demo   a small chat server that merges and splits its engines while it answers (minutes)"
 	@echo "make test   linters and all tests, real servers included"
 	@echo "make unit   linters and the tests that start no server"
-	@echo "make bench  switch times and comparison with stock vLLM"
+	@echo "make bench  everything in bench/, one after the other: an hour or so"
 	@echo "make clean  remove the environment"
 
 env: $(STAMP)
@@ -45,8 +45,7 @@ test: lint
 	$(BIN)/python -m pytest --durations 30 --durations-min 5 -m alone tests/engine
 
 bench: env
-	$(BIN)/python -m bench.switch
-	$(BIN)/python -m bench.layouts
+	for name in layouts trace switch migrate priority startup memory; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.models import add_model_options, model_of
+from bench.plots import plot_bars
+from bench.progress import progress
 from bench.report import markdown, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
@@ -23,22 +25,27 @@ def main() -> None:
     arguments = parser.parse_args()
     model, flags = model_of(arguments), server_flags(arguments)
     processes: dict[str, float] = {}
-    with bench_server(model, *flags, flying=False) as server:
-        processes["stock DP=2"] = proportional_bytes(server)
-    with bench_server(model, *flags, flying=True) as server:
-        processes["flying, 2 engines, widths 1 and 2"] = proportional_bytes(server)
-        workers: list[list[dict[str, Any]]] = server.client.get("/plugins/flying/memory").json()["workers"]
-        tokens = {}
-        for name, groups in (("apart", [[0], [1]]), ("merged", [[0, 1]])):
-            server.switch(groups)
-            tokens[name] = sum(group["kv_tokens_capacity"] for group in server.status()["groups"])
+    with progress(2) as done:
+        with bench_server(model, *flags, flying=False) as server:
+            processes["stock DP=2"] = proportional_bytes(server)
+        done("stock DP: measured")
+        with bench_server(model, *flags, flying=True) as server:
+            processes["flying, 2 engines, widths 1 and 2"] = proportional_bytes(server)
+            workers: list[list[dict[str, Any]]] = server.client.get("/plugins/flying/memory").json()["workers"]
+            tokens = {}
+            for name, groups in (("apart", [[0], [1]]), ("merged", [[0, 1]])):
+                server.switch(groups)
+                tokens[name] = sum(group["kv_tokens_capacity"] for group in server.status()["groups"])
+        done("flying: measured")
     rows = [[name, f"{size / MB:.0f}"] for name, size in processes.items()]
     table = markdown(["server", "memory of all its processes, MB (PSS)"], rows)
     table += f"\n\nKV tokens of both engines: {tokens['apart']} apart, {tokens['merged']} merged."
     every = [worker for engine in workers for worker in engine]
     ratio = max(worker["weight_bytes_all_layouts"] / worker["weight_bytes_one_copy"] for worker in every)
     table += f" Weights of all layouts over one copy, unique storages: {ratio:.4f}."
-    write("memory", {"processes": processes, "workers": workers, "kv_tokens": tokens}, table)
+    folder = write("memory", {"processes": processes, "workers": workers, "kv_tokens": tokens}, table)
+    bars = {name: {"": [size / MB]} for name, size in processes.items()}
+    plot_bars(folder / "memory.png", "Memory of all processes", "MB", bars)
 
 
 def proportional_bytes(server: Server) -> float:

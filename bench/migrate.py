@@ -15,6 +15,8 @@ import httpx
 
 from bench.client import complete, prompts, token_gaps
 from bench.models import add_model_options, model_of
+from bench.plots import plot_bars
+from bench.progress import progress
 from bench.report import markdown, stolen_seconds, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.background import Background
@@ -32,6 +34,10 @@ RESTING = ("move", "admit", "transfer", "prove", "release", "commit")
 """Phases in which all engines stand still."""
 REFERENCES = ("flying_copy_rate", "flying_read_rate", "flying_move_rate")
 """Plain copies between workers: sent, read in place, and read in place with as much copied within each worker."""
+
+RATES = {"migration": "bytes_per_s", "plain exchange": "plain_bytes_per_s", "plain read": "read_bytes_per_s",
+         "plain read and own copy": "read_and_copy_bytes_per_s"}  # fmt: skip
+"""What the plot calls a rate, and what the results do."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,19 @@ def main() -> None:
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # vLLM's routes for calls to workers and for resetting prefixes
     model = model_of(arguments)
     rows, data = [], {}
-    for most in arguments.precopy_bytes:
-        options: dict[str, Any] = {"environment": environment, "settings": {"precopy_bytes": most}}
-        with bench_server(model, *server_flags(arguments), flying=True, **options) as server:
-            asyncio.run(fill(server))
-            for tokens in arguments.tokens:
-                row, data[f"{tokens} tokens, {most} bytes ahead"] = of_length(server, tokens, arguments)
-                rows.append([tokens, "yes" if most else "no", *row])
-                print(rows[-1], flush=True)
-    write("migrate", data, markdown(COLUMNS, rows))
+    with progress(len(arguments.precopy_bytes) * (2 + len(arguments.tokens))) as done:
+        for most in arguments.precopy_bytes:
+            options: dict[str, Any] = {"environment": environment, "settings": {"precopy_bytes": most}}
+            with bench_server(model, *server_flags(arguments), flying=True, **options) as server:
+                done(f"up after {server.start_seconds:.0f} s; filling its KV cache")
+                done(asyncio.run(fill(server)))
+                for tokens in arguments.tokens:
+                    row, data[f"{tokens} tokens, {most} bytes ahead"] = of_length(server, tokens, arguments)
+                    rows.append([tokens, "yes" if most else "no", *row])
+                    done(", ".join(f"{name}: {cell}" for name, cell in zip(COLUMNS, rows[-1], strict=True)))
+    folder = write("migrate", data, markdown(COLUMNS, rows))
+    bars = {case: {name: [of_case[key] / 1e6] for name, key in RATES.items() if of_case[key]} for case, of_case in data.items()}
+    plot_bars(folder / "migrate.png", "KV between workers", "MB/s", bars)
 
 
 def of_length(server: Server, tokens: int, arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
@@ -85,7 +95,7 @@ def of_length(server: Server, tokens: int, arguments: argparse.Namespace) -> tup
     plain, read, work = (plain_rate(server, call, int(moved)) for call in REFERENCES)
     allowed = moved / arguments.requests / rate + gaps.two_steps_s + 0.020
     longest = gaps.undisturbed + gaps.disturbed
-    data = {"records": records, "plain_bytes_per_s": plain, "read_bytes_per_s": read,
+    data = {"records": records, "bytes_per_s": rate, "plain_bytes_per_s": plain, "read_bytes_per_s": read,
             "read_and_copy_bytes_per_s": work, "gaps_s": gaps.undisturbed, "disturbed_gaps_s": gaps.disturbed, "allowed_gap_s": allowed}
     row = [f"{ahead / 1e6:.1f}, {at_rest / 1e6:.1f}", f"{rate / 1e6:.0f}", *against(rate, plain),
            *(cell for best in (read, work) for cell in (against(rate, best) if best else ("", ""))), f"{1e3 * resting:.1f}",
@@ -104,7 +114,7 @@ def against(rate: float, best: float) -> tuple[str, str]:
     return f"{best / 1e6:.0f}", f"{rate / best:.2f}"
 
 
-async def fill(server: Server) -> None:
+async def fill(server: Server) -> str:
     """Have every page of the KV caches written once: on some virtual machines the first write to a page is slow."""
     tokens = sum(group["kv_tokens_capacity"] for group in server.status()["groups"])
     gate = asyncio.Semaphore(8)
@@ -115,8 +125,8 @@ async def fill(server: Server) -> None:
                 await complete(client, server.model, prompt, 1)
 
         count = math.ceil(1.25 * tokens / LONG_TOKENS)
-        print(f"filling {tokens} tokens of KV cache with {count} prompts", flush=True)
         await asyncio.gather(*[one(prompt) for prompt in prompts(count, LONG_TOKENS, 0)])
+    return f"{tokens} tokens of KV cache filled with {count} prompts"
 
 
 def measure(server: Server, requests: int, tokens: int, switches: int) -> tuple[list[dict[str, Any]], Gaps]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,8 @@ import httpx
 from bench.client import Timing, complete, prompts
 from bench.load import Clients
 from bench.models import add_model_options, model_of
+from bench.plots import plot_bars
+from bench.progress import progress
 from bench.report import markdown, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
@@ -33,19 +36,20 @@ def main() -> None:
     model = model_of(arguments)
     cases: dict[str, list[Timing]] = {}
     throughput: dict[str, float] = {}
-    with bench_server(model, *server_flags(arguments), flying=True, settings=settings) as server:
-        server.switch(TP)
-        cases["alone, wide group"] = asyncio.run(send(server, arguments, 0.5, seed=1))
-        server.switch(DP)
-    settings["manual_hold_s"] = 0.0
-    with bench_server(model, *server_flags(arguments), flying=True, settings=settings) as server:
-        for name, options in (("usual", {}), ("urgent", {"priority": -1})):
-            with Clients(server, arguments.requests) as clients:
-                started = time.perf_counter()
-                cases[f"busy, {name}"] = asyncio.run(send(server, arguments, arguments.every, seed=2, **options))
-                ended = time.perf_counter()
-            tokens = [moment for timing in clients.timings for moment in timing.tokens]
-            throughput[name] = sum(started < moment < ended for moment in tokens) / (ended - started)
+    with progress(3 * arguments.repeats) as done:
+        with bench_server(model, *server_flags(arguments), flying=True, settings=settings) as server:
+            server.switch(TP)
+            cases["alone, wide group"] = asyncio.run(send(server, arguments, done, 0.5, seed=1))
+            server.switch(DP)
+        settings["manual_hold_s"] = 0.0
+        with bench_server(model, *server_flags(arguments), flying=True, settings=settings) as server:
+            for name, options in (("usual", {}), ("urgent", {"priority": -1})):
+                with Clients(server, arguments.requests) as clients:
+                    started = time.perf_counter()
+                    cases[f"busy, {name}"] = asyncio.run(send(server, arguments, done, arguments.every, seed=2, **options))
+                    ended = time.perf_counter()
+                tokens = [moment for timing in clients.timings for moment in timing.tokens]
+                throughput[name] = sum(started < moment < ended for moment in tokens) / (ended - started)
     alone = figures(cases["alone, wide group"])
     rows = []
     for name, timings in cases.items():
@@ -55,11 +59,16 @@ def main() -> None:
     table += f"\n\nThe others' tokens/s: {throughput['usual']:.1f} while the extra requests are usual ones, "
     table += f"{throughput['urgent']:.1f} while they are urgent ({throughput['urgent'] / throughput['usual']:.2f})."
     data: dict[str, Any] = {name: [[t.ttft, t.tpot] for t in timings] for name, timings in cases.items()}
-    write("priority", {"cases": data, "throughput": throughput}, table)
+    folder = write("priority", {"cases": data, "throughput": throughput}, table)
+    bars = {
+        name: {"TTFT": [1e3 * t.ttft / alone["ttft"] for t in timings], "TPOT": [1e3 * t.tpot / alone["tpot"] for t in timings]}
+        for name, timings in cases.items()
+    }
+    plot_bars(folder / "priority.png", "Of the request alone on a wide group", "ratio", bars, level=1.0)
 
 
 async def send(
-    server: Server, arguments: argparse.Namespace, every_s: float, seed: int, **options: Any
+    server: Server, arguments: argparse.Namespace, done: Callable[[str], None], every_s: float, seed: int, **options: Any
 ) -> list[Timing]:
     """The extra requests, one after the other."""
     timings = []
@@ -67,7 +76,7 @@ async def send(
         for prompt in prompts(arguments.repeats, arguments.shape[0], seed):
             await asyncio.sleep(every_s)
             timings.append(await complete(client, server.model, prompt, arguments.shape[1], **options))
-            print(f"TTFT {1e3 * timings[-1].ttft:.0f} ms, TPOT {1e3 * timings[-1].tpot:.1f} ms", flush=True)
+            done(f"TTFT {1e3 * timings[-1].ttft:.0f} ms, TPOT {1e3 * timings[-1].tpot:.1f} ms")
     return timings
 
 

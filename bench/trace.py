@@ -20,6 +20,7 @@ from bench.arrivals import Arrival, Phase, mixed, poisson, window
 from bench.figures import Objectives, compare, line, table
 from bench.models import add_model_options, model_of
 from bench.plots import plot_timeline
+from bench.progress import progress
 from bench.recorded import read
 from bench.replay import Replay, replay
 from bench.report import write
@@ -43,20 +44,22 @@ def main() -> None:
     results: dict[str, list[Replay]] = {name: [] for name in arguments.only}
     records: list[str] = []
     step_costs: dict[str, Any] = {}
+    parts = len(arguments.only) * (1 + arguments.turns)
     with ExitStack() as stack:
+        done = stack.enter_context(progress(parts))
         up: dict[str, Server] = {}
         for name in arguments.only:
             options: dict[str, Any] = SERVERS[name] | {"kv_mib": arguments.kv_mib}
             server = bench_server(model, *server_flags(arguments), *_mix_flags(arguments, name), **options)
             up[name] = stack.enter_context(server)
-            print(f"== {name}: up after {server.start_seconds:.0f} s", flush=True)
+            done(f"{name}: up after {server.start_seconds:.0f} s")
         for turn in range(arguments.turns):
             arrivals = _arrivals(arguments, recorded, turn)
             order = arguments.only[turn % len(up) :] + arguments.only[: turn % len(up)]
             for name in order:
                 watch, seed = name == "auto", arguments.seed + turn
                 results[name].append(asyncio.run(replay(up[name], arrivals, chunk_tokens, watch, seed)))
-                print(f"turn {turn + 1} of {arguments.turns}, {name}: {line(results[name][-1])}", flush=True)
+                done(f"turn {turn + 1} of {arguments.turns}, {name}: {line(results[name][-1])}")
         if "auto" in up:
             records = up["auto"].client.get("/plugins/flying/decisions").json()["sentences"]
             step_costs = up["auto"].status()["step_costs"]
