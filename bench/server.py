@@ -31,10 +31,14 @@ def bench_server(
     environment: dict[str, str] | None = None,
     kv_mib: int = 512,
 ) -> Server:
-    """A bf16 server on this machine, one core per worker, as many API servers as vLLM makes by default."""
+    """A bf16 server on this machine, one core per worker, and one API server: as many as stock vLLM has when started as here.
+
+    vLLM's own command makes one per engine, which are two more processes for as many cores.
+    """
+    api_servers = ["--api-server-count", "1"] if flying else []
     log = Path(tempfile.mkdtemp(prefix="vllm-flying-bench-")) / "log"
     return Server(
         model, log, "--dtype", "bfloat16", "--max-model-len", "2048",
-        "--tensor-parallel-size", str(tensor_parallel), *arguments,
+        "--tensor-parallel-size", str(tensor_parallel), *api_servers, *arguments,
         engines=engines, flying=flying, settings=settings, environment=environment, kv_bytes=kv_mib << 20, workers_per_engine=tensor_parallel,
     )  # fmt: skip
