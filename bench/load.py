@@ -24,10 +24,13 @@ class Clients:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self.timings: list[Timing] = []
+        self.began = 0.0
+        """When all were under way, on the performance counter."""
 
     def __enter__(self) -> Clients:
         self._thread.start()
         time.sleep(2.0)
+        self.began = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -54,10 +57,11 @@ class Clients:
             "longest_gap_p99_ms": percentile(longest, 99),
         }
 
-    def gaps_across(self, began: float, ended: float) -> list[float]:
-        """Each request's longest gap, in seconds, that reaches into this time of the performance counter."""
-        across = (token_gaps(timing.tokens, began, ended) for timing in self.timings)
-        return [max(each) for each in across if each]
+    def gaps_beyond_usual(self, began: float, duration: float) -> list[float]:
+        """How much longer than usual each request's longest gap was, in seconds, of those that reach into this time."""
+        across = (token_gaps(timing.tokens, began, began + duration) for timing in self.timings)
+        usual = self.usual_gap()
+        return [max(each) - usual for each in across if each]
 
     def usual_gap(self) -> float:
         """Seconds between two tokens that didn't come together; the median."""

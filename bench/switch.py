@@ -30,6 +30,8 @@ Pair = tuple[Groups, Groups]
 Record = dict[str, Any]
 # vLLM's workers poll for a second after every call; then they sleep, as they do on an idle server.
 IDLE_S = 1.5
+# How long requests run without a switch, to compare with.
+UNSWITCHED_S = 20
 
 
 def main() -> None:
@@ -51,19 +53,25 @@ def main() -> None:
         done(f"up after {server.start_seconds:.0f} s")
         cases["idle"] = measure(server, done, pairs, arguments.repeats, "pause", IDLE_S)
         cases["idle, one after the other"] = measure(server, done, pairs, arguments.repeats, "pause", 0.05)
+        unswitched: list[Clients] = []
         for groups in layouts:
             server.switch(groups)
             with Clients(server, arguments.requests) as clients:
-                time.sleep(20.0)
+                time.sleep(UNSWITCHED_S)
+            unswitched.append(clients)
             gaps[f"{groups}, no switch"] = clients.gaps()
             done(f"{in_flight} in {groups}")
         for method in arguments.methods:
             with Clients(server, arguments.requests) as clients:
                 records = measure(server, done, pairs, arguments.repeats, method, pause_s=1.0)
                 server.switch(layouts[0], method="migrate", timeout_s=120)  # where paused requests go on
-            for record in records:
-                record["client_gaps_s"] = clients.gaps_across(record["began"], record["ended"])
-                record["usual_gap_s"] = clients.usual_gap()
+            for index, record in enumerate(records):
+                ends = [unswitched[layouts.index(record[end])] for end in ("from", "to")]
+                duration = record["ended"] - record["began"]
+                record["added_gaps_s"] = clients.gaps_beyond_usual(record["began"], duration)
+                record["unswitched_gaps_s"] = [
+                    gap for each in ends for gap in each.gaps_beyond_usual(each.began + index % (UNSWITCHED_S - 2), duration)
+                ]
             cases[f"{in_flight}, {method}"] = records
             gaps[f"a switch every second, {method}"] = clients.gaps()
         restart = server.start_seconds
@@ -141,7 +149,8 @@ def times_table(cases: dict[str, list[Record]], pairs: Sequence[Pair], restart_s
         ])  # fmt: skip
     times = ["reply, median ms", "p99 ms", "beyond steps in flight, median ms"]
     columns = ["case", "layouts", *times, "engines at rest, median ms", "undisturbed", *times, "requests moved",
-               "MB between workers", "MB/s", "a client's gap beyond a usual one, P50 ms", "P99 ms"]  # fmt: skip
+               "MB between workers", "MB/s", "a client's gap beyond a usual one, P50 ms", "P99 ms",
+               "the same in as long a time without a switch, P50 ms", "P99 ms"]  # fmt: skip
     rows.append(["restart", "", f"{1e3 * restart_s:.0f}", *[""] * (len(columns) - 3)])
     return markdown(columns, rows)
 
@@ -183,11 +192,11 @@ def reply_times(records: list[Record]) -> list[str]:
 
 
 def added_gaps(records: list[Record]) -> list[str]:
-    """Of clients whose requests moved: paused ones wait for their layout, however long it is away."""
+    """Of clients whose requests moved: paused ones wait for their layout, however long it is away. Then the same unswitched."""
     if not any(record["requests"]["moved"] for record in records):
-        return [""] * 2
-    added = [1e3 * (gap - record["usual_gap_s"]) for record in records for gap in record.get("client_gaps_s", ())]
-    return [f"{percentile(added, each):.0f}" for each in (50, 99)]
+        return [""] * 4
+    across = [[1e3 * gap for record in records for gap in record[kind]] for kind in ("added_gaps_s", "unswitched_gaps_s")]
+    return [f"{percentile(added, each):.0f}" for added in across for each in (50, 99)]
 
 
 if __name__ == "__main__":
