@@ -2,7 +2,8 @@
 
 All servers are up at once and take turns, so that what the machine does to one it does to all; an idle server costs
 about nothing. Each turn has arrivals of its own, the same for every server, sent by `vllm bench serve`. Ratios are those of
-a turn, and of these the median: where the machine wanders, more and shorter turns say more than a few long ones.
+a turn, and of these the median: where the machine wanders, more and shorter turns say more than a few long ones, and
+`--burst-share` scales every burst to the machine as it is then.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.recorded import read
 from bench.replay import Replay, replay
 from bench.report import write
 from bench.server import add_server_options, bench_server, server_flags
+from bench.stock_client import closed_loop
 from bench.targets import targets
 from tests.support.server import Server
 
@@ -33,6 +35,8 @@ SERVERS: dict[str, dict[str, Any]] = {
     "TP": {"flying": False, "engines": 1, "tensor_parallel": 2},
     "auto": {"flying": True, "settings": {"policy": "auto"}},
 }
+SATURATED = 64
+"""Requests in flight that a pair serves about as many tokens per second with as it ever does."""
 
 
 def main() -> None:
@@ -44,7 +48,8 @@ def main() -> None:
     results: dict[str, list[Replay]] = {name: [] for name in arguments.only}
     records: list[str] = []
     step_costs: dict[str, Any] = {}
-    parts = len(arguments.only) * (1 + arguments.turns)
+    rates: list[float] = []
+    parts = len(arguments.only) * (1 + arguments.turns) + (arguments.turns if arguments.burst_share else 0)
     with ExitStack() as stack:
         done = stack.enter_context(progress(parts))
         up: dict[str, Server] = {}
@@ -54,6 +59,10 @@ def main() -> None:
             up[name] = stack.enter_context(server)
             done(f"{name}: up after {server.start_seconds:.0f} s")
         for turn in range(arguments.turns):
+            if arguments.burst_share:
+                arguments.burst = (_burst_rate(arguments, up["TP"], turn), *arguments.burst[1:])
+                rates.append(arguments.burst[0])
+                done(f"turn {turn + 1} of {arguments.turns}: {rates[-1]:.1f}/s in the burst")
             arrivals = _arrivals(arguments, recorded, turn)
             order = arguments.only[turn % len(up) :] + arguments.only[: turn % len(up)]
             for name in order:
@@ -68,6 +77,7 @@ def main() -> None:
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "requests": {name: [_requests(turn) for turn in turns] for name, turns in results.items()},
         "layouts": [turn.layouts for turn in results.get("auto", ())],
+        "burst_rates": rates,
         "decisions": records,
         "step_costs": step_costs,
     }
@@ -92,6 +102,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output-scale", type=float, help="the same for outputs alone; by default as --length-scale")
     parser.add_argument("--quiet", type=float, nargs=3, default=(0.5, 256, 32), metavar=("RATE", "IN", "OUT"))
     parser.add_argument("--burst", type=float, nargs=3, default=(12.0, 64, 24), metavar=("RATE", "IN", "OUT"))
+    share = f"instead of the burst's RATE: this of what static TP serves with {SATURATED} in flight as a turn begins"
+    parser.add_argument("--burst-share", type=float, default=0.0, help=share)
     parser.add_argument(
         "--objectives", type=float, nargs=2, default=(2000, 250), metavar=("TTFT", "TPOT"), help="ms, for the goodput"
     )
@@ -103,7 +115,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3, help="of every server")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.burst_share and "TP" not in arguments.only:
+        parser.error(f"--burst-share is of what static TP serves; --only {' '.join(arguments.only)} leaves it out")
+    return arguments
+
+
+def _burst_rate(arguments: argparse.Namespace, server: Server, turn: int) -> float:
+    """Requests per second."""
+    _, prompt_tokens, output_tokens = (int(each) for each in arguments.burst)
+    loop = closed_loop(server, SATURATED, 3 * SATURATED, prompt_tokens, output_tokens, arguments.seed + 1000 + turn)
+    return float(arguments.burst_share * asyncio.run(loop)["request_throughput"])
 
 
 def _requests(replayed: Replay) -> list[dict[str, Any]]:
