@@ -62,3 +62,23 @@ def test_one_step_that_was_held_up_changes_little() -> None:
     assert 1.0 < pace.factor <= 1.0 + (HELD_UP - 1.0) / 32
     pace.usual(1.0, None)
     assert pace.factor <= 1.0 + (HELD_UP - 1.0) / 32, "of steps that nobody knows nothing is learned"
+
+
+def test_a_layout_that_was_learned_at_a_wrong_pace_is_judged_right_after_some_switches() -> None:
+    alone, merged, pace = StepCost(), StepCost(), Pace()
+    for _ in range(400):
+        merged.learn(0, 1, 0.010, pace)
+        merged.curve()
+    pace.factor = pace.lasting = 1.4  # slow for a moment
+    for _ in range(400):
+        alone.learn(0, 1, 0.020, pace)  # in which the slowness is over
+        alone.curve()
+    assert alone.decode_step_s(1) / merged.decode_step_s(1) == pytest.approx(2.0 / 1.4, rel=0.05)
+    for _ in range(4):
+        for cost, seconds in ((merged, 0.010), (alone, 0.020)):
+            pace.layout_changed()
+            for _ in range(300):
+                cost.learn(0, 1, seconds, pace)
+                cost.curve()
+    assert alone.decode_step_s(1) / merged.decode_step_s(1) == pytest.approx(2.0, rel=0.05)
+    assert pace.factor * alone.decode_step_s(1) == pytest.approx(0.020, rel=0.05)

@@ -91,10 +91,15 @@ class StepCost:
     def learn(self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None) -> None:
         """A step was run. With the engine's `pace`, what such a step usually takes is learned, whatever it took now."""
         if pace is not None:
-            seconds = pace.usual(seconds, self._usual_s(prompt_tokens, decodes))
+            seconds = pace.usual(seconds, self._usual_s(prompt_tokens, decodes), layout=self)
+            self._scale(pace.misjudged())
         _add(self._seen, prompt_tokens, decodes, seconds)
         self.steps += 1
         self._curve = None
+
+    def _scale(self, factor: float) -> None:
+        for kind in self._seen.values():
+            kind.seconds *= factor
 
     def _usual_s(self, prompt_tokens: int, decodes: int) -> float | None:
         """What is known of the step's kind, brought to its make-up by the last fit; None if it isn't a known kind.
