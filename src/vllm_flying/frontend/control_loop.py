@@ -14,6 +14,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_flying.controller.controller import Controller, Decision
+from vllm_flying.controller.lookout import Lookout
 from vllm_flying.controller.observation import Observation, RateTracker
 from vllm_flying.controller.policies import policy_by_name
 from vllm_flying.controller.realised_gain import GainMeasurement
@@ -45,6 +46,7 @@ class ControlLoop:
         self._directory = directory
         self._settings = settings
         self._rates = RateTracker()
+        self._lookout = Lookout()
         self._seen_epoch = 0
         self._measurement: GainMeasurement | None = None
         self.controller = Controller(
@@ -71,6 +73,8 @@ class ControlLoop:
         logger.info("The controller runs here: policy %s.", self._settings.policy)
         while True:
             await asyncio.sleep(self._settings.interval_s)
+            if not self._lookout.is_due(time.monotonic(), self._engines.unfinished):
+                continue
             try:
                 await self._look()
             except (SwitchPendingError, SwitchFailed, TimeoutError) as error:
@@ -100,6 +104,7 @@ class ControlLoop:
         decision = self.controller.decide(seen)
         if self.controller.failures > failures:
             metrics().policy_failed()
+        self._lookout.restless = decision.plan is not None or any(group.waiting or group.paused for group in seen.groups)
         if decision.plan is None or not decision.act or self._settings.dry_run:
             if self._audit.note(decision, layout.to_lists()) and decision.plan is not None:
                 metrics().decided(decision.plan.rule, False, decision.plan.gain_s)

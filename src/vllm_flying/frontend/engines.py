@@ -23,10 +23,15 @@ class EngineCalls:
         return len(self._client.core_engines)
 
     @property
+    def unfinished(self) -> int:
+        """Requests of all engines, as far as this front end knows: it hears of others' ten times a second."""
+        reported = sum(waiting + running for waiting, running, _ in self._client.lb_engines)
+        return int(max(len(self._client.reqs_in_flight), reported))
+
+    @property
     def seem_idle(self) -> bool:
-        """Whether no engine has a request, as far as this front end knows: it hears of others' ten times a second."""
-        elsewhere = any(waiting or running for waiting, running, _ in self._client.lb_engines)
-        return not self._client.reqs_in_flight and not elsewhere
+        """Whether no engine has a request, as far as this front end knows."""
+        return not self.unfinished
 
     async def call(self, engine: int, operation: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run `operation` in the agent of `engine`; an Exception carries the engine's own words."""

@@ -84,7 +84,7 @@ class Settings:
     the next one."""
 
     interval_s: float = 0.25
-    """Seconds between two looks of the controller."""
+    """Seconds between two looks of the controller while something changes. While nothing does it looks once a second."""
 
     cooldown_s: float = 2.0
     """Seconds that the controller leaves between two switches; doubled while it flaps."""
