@@ -18,6 +18,7 @@ from typing import Any
 from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.cost_curve import CostCurve
 from vllm_flying.controller.cost_model import PROBE_STEPS, StepCost
+from vllm_flying.controller.lookout import Lookout
 from vllm_flying.controller.observation import RateTracker
 from vllm_flying.controller.pace import Pace
 from vllm_flying.controller.schedule import Schedule
@@ -103,7 +104,7 @@ class SimulatedServer:
         self._counters = dict.fromkeys(
             ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished"), 0
         )
-        self._rates = RateTracker()
+        self._rates, self._lookout = RateTracker(), Lookout()
         self._began, self._schedule = began, schedule
 
     def run(
@@ -186,11 +187,14 @@ class SimulatedServer:
     def _look(self, now: float) -> None:
         if self._controller is None or self._target is not None or self._at_rest_until:
             return
+        if not self._lookout.is_due(now, sum(len(group.requests) for group in self._groups)):
+            return
         observation = observe(
             now, self.layout, sorted(self._costs), self._statuses(), self._rates,
             wall_clock=None if self._began is None else self._began + timedelta(seconds=now), schedule=self._schedule,
         )  # fmt: skip
         decision = self._controller.decide(observation)
+        self._lookout.restless = decision.plan is not None or any(group.waiting for group in observation.groups)
         if decision.act and decision.plan is not None:
             self._target, self._asked = decision.plan.layout, now
             self.switches.append((now, self._target))

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_flying.core.tiles import TilePlan
+from vllm_flying.loader.blocked import blocked_tiles, suits
 from vllm_flying.loader.methods import (
     PlainEmbeddingMethod,
     TiledColumnsMethod,
@@ -29,7 +30,7 @@ from vllm_flying.loader.methods import (
     TiledRowsMethod,
 )
 from vllm_flying.loader.resident import CutLayer, ResidentWeights
-from vllm_flying.loader.tile import Tile
+from vllm_flying.loader.tile import StockTile, Tile
 
 
 class UnsupportedModelError(RuntimeError):
@@ -56,8 +57,11 @@ def check_supported(name: str, module: nn.Module) -> None:
         )
 
 
-def cut_model(resident: ResidentWeights) -> None:
-    """Cut every sharded layer of the resident model; the layers then compute from all their tiles."""
+def cut_model(resident: ResidentWeights, blocked: bool) -> None:
+    """Cut every sharded layer of the resident model; the layers then compute from all their tiles.
+
+    `blocked`: tiles are packed in blocks where that is quicker, else all as vLLM packs them.
+    """
     all_tiles = range(resident.num_tiles)
     embeddings = [m for m in resident.model.modules() if isinstance(m, VocabParallelEmbedding)]
     heads = [m for m in embeddings if isinstance(m, ParallelLMHead)] or embeddings
@@ -65,12 +69,12 @@ def cut_model(resident: ResidentWeights) -> None:
     for name, module in resident.model.named_modules():
         check_supported(name, module)
         if is_sharded_linear(module):
-            cut = _cut_linear(module, resident.num_tiles)
+            cut = _cut_linear(module, resident.num_tiles, blocked)
             resident.cut_layers[name] = cut
             module.quant_method = (TiledRowsMethod if cut.by_rows else TiledColumnsMethod)(cut, all_tiles)
             _drop_weight(module)
         elif any(module is head for head in heads):
-            cut = _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), resident.num_tiles))
+            cut = _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), resident.num_tiles), blocked)
             resident.cut_layers[name] = cut
             dtype = _logits_dtype(resident.model) if module.tp_size == 1 else None
             module.quant_method = TiledEmbeddingMethod(TiledRowsMethod(cut, all_tiles, dtype))
@@ -87,30 +91,34 @@ def _logits_dtype(model: nn.Module) -> torch.dtype | None:
     return torch.float32 if untouched else None
 
 
-def _cut_linear(module: nn.Module, num_tiles: int) -> CutLayer:
+def _cut_linear(module: nn.Module, num_tiles: int, blocked: bool) -> CutLayer:
     if isinstance(module, RowParallelLinear):
         plan = TilePlan((module.input_size_per_partition,), num_tiles)
         weight = module.weight.data
         tiles = tuple(
-            Tile(weight[:, start:stop].contiguous(), None)
+            _pack([weight[:, start:stop].contiguous()], [], blocked)[0]
             for tile in range(num_tiles)
             for start, stop in plan.tile_ranges(tile)
         )
         return CutLayer(plan, tiles, by_rows=False)
     assert isinstance(module, ColumnParallelLinear)
-    return _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), num_tiles))
+    return _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), num_tiles), blocked)
 
 
-def _cut_rows(module: nn.Module, plan: TilePlan) -> CutLayer:
+def _cut_rows(module: nn.Module, plan: TilePlan, blocked: bool) -> CutLayer:
     weight: torch.Tensor = module.weight.data
     bias: torch.Tensor | None = None if getattr(module, "bias", None) is None else module.bias.data
-    tiles = []
-    for tile in range(plan.num_tiles):
-        ranges = plan.tile_ranges(tile)
-        rows = torch.cat([weight[start:stop] for start, stop in ranges])
-        tile_bias = None if bias is None else torch.cat([bias[start:stop] for start, stop in ranges])
-        tiles.append(Tile(rows, tile_bias))
-    return CutLayer(plan, tuple(tiles), by_rows=True)
+    ranges = [plan.tile_ranges(tile) for tile in range(plan.num_tiles)]
+    rows = [torch.cat([weight[start:stop] for start, stop in each]) for each in ranges]
+    biases = [] if bias is None else [torch.cat([bias[start:stop] for start, stop in each]) for each in ranges]
+    return CutLayer(plan, tuple(_pack(rows, biases, blocked)), by_rows=True)
+
+
+def _pack(weights: list[torch.Tensor], biases: list[torch.Tensor], blocked: bool) -> list[Tile]:
+    """A tile of each weight `[rows, columns]`, all of one size."""
+    if blocked and suits(weights[0], len(weights)):
+        return [*blocked_tiles(weights, biases)]
+    return [StockTile(weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights))]
 
 
 def _drop_weight(module: nn.Module) -> None:

@@ -72,7 +72,7 @@ class FlyingModelLoader(BaseModelLoader):
         resident = ResidentWeights(model, self._num_tiles)
         if use_tiles(self._settings):
             maybe_retie_word_embeddings(model, model_config)
-            cut_model(resident)
+            cut_model(resident, blocked=self._settings.packing == "auto")
             logger.info(
                 "Weights cut into %d tiles per layer: %.1f MiB in tiles.", self._num_tiles, resident.tile_bytes() / 2**20
             )

@@ -11,6 +11,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from vllm_flying.core.tiles import Range, TilePlan
 from vllm_flying.loader.resident import CutLayer
 
 
@@ -30,27 +31,35 @@ class TiledRowsMethod(_NoWeightsOfItsOwn):
 
     def __init__(self, cut: CutLayer, tiles: range, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
-        self._tiles = [cut.tiles[tile] for tile in tiles]
+        self._tiles = cut.joined(tiles)
         self._size = cut.plan.tile_size * len(tiles)
-        self._slices = cut.plan.output_slices(tiles)
+        self._pieces = _pieces(cut.plan, tiles, len(self._tiles))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` is `[..., columns]`; returns `[..., rows of the shard]`. Only the presence of `bias` matters."""
-        with_bias = bias is not None
-        if len(self._tiles) == 1:
-            return self._tiles[0](x, with_bias)
-        outputs = [tile(x, with_bias) for tile in self._tiles]
-        if self._dtype is None and (len(self._slices[0]) == 1 or torch.compiler.is_compiling()):
-            parts = range(len(self._slices[0]))
-            return torch.cat(
-                [output[..., slice(*slices[part][0])] for part in parts for output, slices in zip(outputs, self._slices)],
-                dim=-1,
-            )
+        outputs = [tile(x, bias is not None) for tile in self._tiles]
+        if len(self._pieces) == 1:
+            return outputs[0]
+        if self._dtype is None:
+            return torch.cat([outputs[which][..., start:stop] for _, which, (start, stop) in self._pieces], dim=-1)
         result = x.new_empty(*x.shape[:-1], self._size, dtype=self._dtype)
-        for output, slices in zip(outputs, self._slices):
-            for (start, stop), (to_start, to_stop) in slices:
-                result[..., to_start:to_stop] = output[..., start:stop]
+        for to_start, which, (start, stop) in self._pieces:
+            result[..., to_start : to_start + stop - start] = outputs[which][..., start:stop]
         return result
+
+
+def _pieces(plan: TilePlan, tiles: range, num_outputs: int) -> list[tuple[int, int, Range]]:
+    """Where the shard's outputs lie: (first row in the shard, number of the output, its rows there), in the shard's order.
+
+    The outputs are those of each tile, or a single one of all tiles, one after the other.
+    """
+    if len(tiles) == 1 or (num_outputs == 1 and len(plan.part_sizes) == 1):
+        return [(0, 0, (0, plan.tile_size * len(tiles)))]
+    pieces = []
+    for position, moves in enumerate(plan.output_slices(tiles)):
+        which, offset = (position, 0) if num_outputs > 1 else (0, position * plan.tile_size)
+        pieces += [(to_start, which, (start + offset, stop + offset)) for (start, stop), (to_start, _) in moves]
+    return sorted(pieces)
 
 
 class TiledColumnsMethod(_NoWeightsOfItsOwn):

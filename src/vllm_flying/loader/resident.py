@@ -21,6 +21,12 @@ class CutLayer:
     tiles: tuple[Tile, ...]
     by_rows: bool
 
+    def joined(self, tiles: range) -> list[Tile]:
+        """The tiles of a neighbouring run of rows, as one where their packing allows it."""
+        first, *others = [self.tiles[tile] for tile in tiles]
+        whole = first.joined(others)
+        return [first, *others] if whole is None else [whole]
+
 
 @dataclass
 class ResidentWeights:

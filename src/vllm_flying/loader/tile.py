@@ -1,4 +1,4 @@
-"""One tile of a weight: a small linear layer that vLLM packs for the device as it packs any other.
+"""One tile of a weight: a small linear layer that is packed for the device by itself.
 
 May import torch and vllm. On CPU vLLM repacks each linear weight into an opaque form that can't be sliced any more;
 packed tile by tile, one copy still serves every degree.
@@ -6,14 +6,32 @@ packed tile by tile, one copy still serves every degree.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
 
-class Tile(nn.Module):
+class Tile(nn.Module, ABC):
     """`y = x @ weight.T + bias` for a slice of a layer's weight `[rows, columns]`."""
+
+    num_bytes: int
+    """Of its weight, without the bias."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, with_bias: bool) -> torch.Tensor:
+        """`x` is `[..., columns]`; returns `[..., rows]`."""
+
+    def joined(self, neighbours: Sequence[Tile]) -> Tile | None:
+        """One tile whose output rows are those of this one and of the next ones; None if their packing keeps them apart."""
+        return None if neighbours else self
+
+
+class StockTile(Tile):
+    """A tile that vLLM packs as it packs any other weight."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from vllm_flying.controller.schedule import Schedule, ScheduleError, parse_sched
 from vllm_flying.core.topology import LayoutError, available_widths
 
 WEIGHTS = ("auto", "tiles", "views")
+PACKING = ("auto", "stock")
 ON_HINT = ("form", "best_effort")
 URGENT_POLICIES = ("auto", "priority")
 """Policies that give an urgent request a wide group at once, and its steps to itself."""
@@ -41,6 +42,10 @@ class Settings:
     weights: str = "auto"
     """How a worker holds its one copy of the weights: `tiles` (each layer cut at the widest degree and packed tile by
     tile), `views` (plain weights, wider layouts use slices of them), `auto`: tiles on CPU, views on GPU."""
+
+    packing: str = "auto"
+    """How tiles are packed on CPU: `stock` (as vLLM packs whole weights there), `auto` (so too, but bfloat16 on CPUs with
+    AVX512-BF16 and without AMX for vLLM's own kernels, where few requests decode faster)."""
 
     on_hint: str = "form"
     """What a request's `parallelism_hint` does when no group has that width: `form` one, or `best_effort`: run where
@@ -138,6 +143,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_choice("weights", self.weights, WEIGHTS)
+        _check_choice("packing", self.packing, PACKING)
         _check_choice("on_hint", self.on_hint, ON_HINT)
         _check_choice("switch_method", self.switch_method, SWITCH_METHODS)
         for name in ("switch_timeout_s", "startup_timeout_s", "interval_s", "paused_limit_s", "deferred_limit_s"):

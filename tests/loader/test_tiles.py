@@ -1,0 +1,85 @@
+"""Tiles compute what the whole weight does, in either packing: neighbours joined, parts in their order, biases, columns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from vllm_flying.core.tiles import TilePlan
+from vllm_flying.loader.blocked import MOST_COLUMNS, BlockedTile, blocked_tiles, suits
+from vllm_flying.loader.methods import TiledColumnsMethod, TiledRowsMethod
+from vllm_flying.loader.resident import CutLayer
+from vllm_flying.loader.tile import StockTile, Tile
+
+NOTHING = torch.nn.Module()
+COLUMNS = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+
+
+def random(*size: int) -> torch.Tensor:
+    return torch.randn(*size).to(torch.bfloat16)
+
+
+def packed(packing: str, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> list[Tile]:
+    if packing == "stock":
+        return [StockTile(w.clone(), b) for w, b in zip(weights, biases or [None] * len(weights))]
+    if not suits(weights[0], len(weights)):
+        pytest.skip("this CPU has no AVX512-BF16, or it has AMX")
+    return [*blocked_tiles(weights, biases)]
+
+
+@pytest.mark.parametrize("packing", ["stock", "blocks"])
+@pytest.mark.parametrize("parts", [(512,), (256, 128, 128)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rows(packing: str, parts: tuple[int, ...], with_bias: bool) -> None:
+    plan, weight, bias = TilePlan(parts, 4), random(sum(parts), COLUMNS), random(sum(parts))
+    ranges = [plan.tile_ranges(tile) for tile in range(4)]
+    rows = [torch.cat([weight[start:stop] for start, stop in each]) for each in ranges]
+    biases = [torch.cat([bias[start:stop] for start, stop in each]) for each in ranges] if with_bias else []
+    cut = CutLayer(plan, tuple(packed(packing, rows, biases)), by_rows=True)
+    for tiles in (range(0, 4), range(0, 2), range(2, 4), range(3, 4)):
+        shard = torch.cat([torch.arange(*each) for each in plan.shard_ranges(tiles)])
+        for x in (random(1, COLUMNS), random(7, COLUMNS), random(40, COLUMNS)):
+            expected = torch.nn.functional.linear(x.float(), weight[shard].float(), bias[shard].float() if with_bias else None)
+            for dtype in (None, torch.float32):
+                output = TiledRowsMethod(cut, tiles, dtype).apply(NOTHING, x, bias if with_bias else None)
+                torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize("packing", ["stock", "blocks"])
+def test_columns(packing: str) -> None:
+    plan, weight = TilePlan((COLUMNS,), 2), random(96, COLUMNS)
+    tiles = tuple(packed(packing, [weight[:, s:e].contiguous()], [])[0] for t in range(2) for s, e in plan.tile_ranges(t))
+    cut = CutLayer(plan, tiles, by_rows=False)
+    bias = random(96)
+    for x in (random(1, COLUMNS), random(9, COLUMNS)):
+        expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+        output = TiledColumnsMethod(cut, range(2)).apply(NOTHING, x, bias)
+        torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.2)
+        second = TiledColumnsMethod(cut, range(1, 2)).apply(NOTHING, x[:, 64:])
+        torch.testing.assert_close(second.float(), x[:, 64:].float() @ weight[:, 64:].float().T, rtol=0.02, atol=0.2)
+
+
+def test_blocks_are_one_copy_and_neighbours_one_tile() -> None:
+    weights = [random(64, COLUMNS) for _ in range(4)]
+    tiles = packed("blocks", weights, [])
+    cut = CutLayer(TilePlan((256,), 4), tuple(tiles), by_rows=True)
+    (two,) = cut.joined(range(1, 3))
+    assert isinstance(two, BlockedTile) and two.num_bytes == 2 * tiles[0].num_bytes == 2 * 64 * COLUMNS * 2
+    assert tiles[0].joined([tiles[2]]) is None, "not neighbours"
+    assert len(cut.joined(range(4))) == 1
+    stock = CutLayer(cut.plan, tuple(StockTile(w, None) for w in weights), by_rows=True)
+    assert len(stock.joined(range(4))) == 4 and len(stock.joined(range(1, 2))) == 1
+
+
+def test_what_blocks_are_not_for() -> None:
+    assert not suits(torch.empty(64, 128, dtype=torch.float32), 1)
+    assert not suits(torch.empty(48, 128, dtype=torch.bfloat16), 2), "half a block"
+    assert not suits(torch.empty(64, 2 * MOST_COLUMNS, dtype=torch.bfloat16), 1), "too many columns"
+    assert not suits(torch.empty(16384, 512, dtype=torch.bfloat16), 2), "an output head of few columns"
