@@ -34,6 +34,22 @@ def test_steps_of_another_layout_are_learned_at_the_present_pace() -> None:
     assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.1)
 
 
+def test_what_is_new_in_a_layout_is_held_against_its_probe() -> None:
+    alone, merged, pace = StepCost(), StepCost(), Pace()
+    alone.seed([(0, 1, 0.016), (31, 1, 0.030), (0, 32, 0.040)])
+    merged.seed([(0, 1, 0.008), (31, 1, 0.015), (0, 32, 0.030)])
+    for _ in range(200):
+        merged.learn(0, 1, 0.010, pace, [alone])
+        merged.curve()
+    pace.factor = pace.lasting = 1.5  # a burst made steps slow that are not known well
+    for index in range(300):
+        decodes = 30 - index // 10
+        alone.learn(0, decodes, 1.25 * (0.0152 + 0.000775 * decodes), pace, [merged])
+        alone.curve()
+    assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.12), "two thirds of it by the pace alone"
+    assert pace.factor == pytest.approx(1.0, rel=0.15)
+
+
 def test_a_slow_moment_is_forgotten_with_the_layout_and_a_slow_minute_is_not() -> None:
     pace = Pace()
     for steps, ratio, after in ((1000, 1.4, 1.4), (40, 2.0, 1.5)):

@@ -100,7 +100,10 @@ class SimulatedServer:
             for width, cost in learned.items():
                 # A probe sees no sampling; here none of what a decoding request takes beyond a prompt token.
                 fixed, per_token = 0.9 * costs[width].step_s, costs[width].prompt_token_s
-                cost.seed([(prompt, decodes, fixed + per_token * (prompt + decodes)) for prompt, decodes in PROBE_STEPS])
+                cost.seed([
+                    (prompt, decodes, self._random.uniform(0.92, 1.08) * (fixed + per_token * (prompt + decodes)))
+                    for prompt, decodes in PROBE_STEPS
+                ])  # fmt: skip
         self._counters = dict.fromkeys(
             ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished"), 0
         )
@@ -163,7 +166,9 @@ class SimulatedServer:
         engine, width = group.engines[0], len(group.engines)
         self._steps[engine] += 1
         if self._steps[engine] > FIRST_STEPS:
-            self._learned[engine][width].learn(prompt_tokens, decodes, seconds, self._paces[engine])
+            learned = self._learned[engine]
+            others = [cost for other, cost in learned.items() if other != width]
+            learned[width].learn(prompt_tokens, decodes, seconds, self._paces[engine], others)
         group.step_ends = now + seconds
 
     def _end_step(self, group: _Group, now: float) -> None:

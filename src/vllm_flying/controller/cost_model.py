@@ -88,10 +88,16 @@ class StepCost:
         """Seconds of a step in which so many requests decode."""
         return self.curve().of(0, requests)
 
-    def learn(self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None) -> None:
-        """A step was run. With the engine's `pace`, what such a step usually takes is learned, whatever it took now."""
+    def learn(
+        self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None, others: Sequence[StepCost] = ()
+    ) -> None:
+        """A step was run. With the engine's `pace`, what such a step usually takes is learned, whatever it took now.
+
+        `others` are other widths' costs: where the pace would say alone what is new in this width, they and the probe do.
+        """
         if pace is not None:
-            seconds = pace.usual(seconds, self._usual_s(prompt_tokens, decodes), layout=self)
+            usual = self._usual_s(prompt_tokens, decodes) or self._probed_s(prompt_tokens, decodes, others)
+            seconds = pace.usual(seconds, usual, layout=self)
             self._scale(pace.misjudged())
         _add(self._seen, prompt_tokens, decodes, seconds)
         self.steps += 1
@@ -110,6 +116,20 @@ class StepCost:
         if kind is None or not kind.is_known or self._last_fit is None:
             return None
         return kind.seconds * self._last_fit.of(prompt_tokens, decodes) / self._last_fit.of(kind.prompt_tokens, kind.decodes)
+
+    def _probed_s(self, prompt_tokens: int, decodes: int, others: Sequence[StepCost]) -> float | None:
+        """By the probe, and by what another width's steps take beside its own; None without such a width."""
+        beside = [other._beside_probe() for other in others if other.steps >= ENOUGH_STEPS]
+        known = [ratio for ratio in beside if ratio is not None]
+        if self._probe_curve is None or not known:
+            return None
+        return self._probe_curve.of(prompt_tokens, decodes) * sum(known) / len(known)
+
+    def _beside_probe(self) -> float | None:
+        """How many times as long as in the probe a lone request's step takes."""
+        if self._probe_curve is None:
+            return None
+        return self.decode_step_s(1) / self._probe_curve.of(0, 1)
 
     def seed(self, probes: Iterable[Sequence[float]]) -> None:
         """Learn from a probe: (prompt tokens, decoding requests, seconds) of steps."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import vllm._custom_ops as ops
+from vllm._custom_ops import weight_packed_linear_cpu
 from vllm.platforms import current_platform
 
 from vllm_flying.loader.tile import Tile
@@ -51,7 +51,7 @@ class BlockedTile(Tile):
     def forward(self, x: torch.Tensor, with_bias: bool) -> torch.Tensor:
         """`x` is `[..., columns]`; returns `[..., rows]`."""
         bias = self._own_bias if with_bias else None
-        output: torch.Tensor = ops.weight_packed_linear_cpu(x, self._own_rows, len(self._rows), bias)
+        output: torch.Tensor = weight_packed_linear_cpu(x, self._own_rows, len(self._rows), bias)
         return output
 
     def joined(self, neighbours: Sequence[Tile]) -> Tile | None:
