@@ -33,7 +33,7 @@ def bench_server(
 ) -> Server:
     """A bf16 server on this machine, one core per worker, and one API server: as many as stock vLLM has when started as here.
 
-    vLLM's own command makes one per engine, which are two more processes for as many cores.
+    vLLM's own command makes one per engine: more processes for as many cores.
     """
     api_servers = ["--api-server-count", "1"] if flying else []
     log = Path(tempfile.mkdtemp(prefix="vllm-flying-bench-")) / "log"
