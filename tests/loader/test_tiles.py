@@ -7,7 +7,8 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_flying.core.tiles import TilePlan
-from vllm_flying.loader.blocked import MOST_COLUMNS, BlockedTile, blocked_tiles, suits
+from vllm_flying.loader.blocked import MOST_COLUMNS, BlockedTile, suits
+from vllm_flying.loader.cutting import row_tiles
 from vllm_flying.loader.methods import TiledColumnsMethod, TiledRowsMethod
 from vllm_flying.loader.resident import CutLayer
 from vllm_flying.loader.tile import StockTile, Tile
@@ -26,12 +27,13 @@ def random(*size: int) -> torch.Tensor:
     return torch.randn(*size).to(torch.bfloat16)
 
 
-def packed(packing: str, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> list[Tile]:
-    if packing == "stock":
-        return [StockTile(w.clone(), b) for w, b in zip(weights, biases or [None] * len(weights))]
-    if not suits(weights[0], len(weights)):
+def packed(packing: str, weight: torch.Tensor, bias: torch.Tensor | None, plan: TilePlan) -> tuple[Tile, ...]:
+    if packing == "blocks" and not suits(weight, plan.tile_size):
         pytest.skip("this CPU has no AVX512-BF16, or it has AMX")
-    return [*blocked_tiles(weights, biases)]
+    ranges = [plan.tile_ranges(tile) for tile in range(plan.num_tiles)]
+    tiles = row_tiles(weight, bias, ranges, blocked=packing == "blocks")
+    assert all(isinstance(tile, BlockedTile if packing == "blocks" else StockTile) for tile in tiles)
+    return tuple(tiles)
 
 
 @pytest.mark.parametrize("packing", ["stock", "blocks"])
@@ -39,10 +41,7 @@ def packed(packing: str, weights: list[torch.Tensor], biases: list[torch.Tensor]
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_rows(packing: str, parts: tuple[int, ...], with_bias: bool) -> None:
     plan, weight, bias = TilePlan(parts, 4), random(sum(parts), COLUMNS), random(sum(parts))
-    ranges = [plan.tile_ranges(tile) for tile in range(4)]
-    rows = [torch.cat([weight[start:stop] for start, stop in each]) for each in ranges]
-    biases = [torch.cat([bias[start:stop] for start, stop in each]) for each in ranges] if with_bias else []
-    cut = CutLayer(plan, tuple(packed(packing, rows, biases)), by_rows=True)
+    cut = CutLayer(plan, packed(packing, weight, bias if with_bias else None, plan), by_rows=True)
     for tiles in (range(0, 4), range(0, 2), range(2, 4), range(3, 4)):
         shard = torch.cat([torch.arange(*each) for each in plan.shard_ranges(tiles)])
         for x in (random(1, COLUMNS), random(7, COLUMNS), random(40, COLUMNS)):
@@ -55,8 +54,8 @@ def test_rows(packing: str, parts: tuple[int, ...], with_bias: bool) -> None:
 @pytest.mark.parametrize("packing", ["stock", "blocks"])
 def test_columns(packing: str) -> None:
     plan, weight = TilePlan((COLUMNS,), 2), random(96, COLUMNS)
-    tiles = tuple(packed(packing, [weight[:, s:e].contiguous()], [])[0] for t in range(2) for s, e in plan.tile_ranges(t))
-    cut = CutLayer(plan, tiles, by_rows=False)
+    columns = [weight[:, start:stop] for tile in range(2) for start, stop in plan.tile_ranges(tile)]
+    cut = CutLayer(plan, tuple(packed(packing, each, None, TilePlan((96,), 1))[0] for each in columns), by_rows=False)
     bias = random(96)
     for x in (random(1, COLUMNS), random(9, COLUMNS)):
         expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
@@ -67,19 +66,19 @@ def test_columns(packing: str) -> None:
 
 
 def test_blocks_are_one_copy_and_neighbours_one_tile() -> None:
-    weights = [random(64, COLUMNS) for _ in range(4)]
-    tiles = packed("blocks", weights, [])
-    cut = CutLayer(TilePlan((256,), 4), tuple(tiles), by_rows=True)
+    weight, plan = random(256, COLUMNS), TilePlan((256,), 4)
+    tiles = packed("blocks", weight, None, plan)
+    cut = CutLayer(plan, tiles, by_rows=True)
     (two,) = cut.joined(range(1, 3))
     assert isinstance(two, BlockedTile) and two.num_bytes == 2 * tiles[0].num_bytes == 2 * 64 * COLUMNS * 2
     assert tiles[0].joined([tiles[2]]) is None, "not neighbours"
     assert len(cut.joined(range(4))) == 1
-    stock = CutLayer(cut.plan, tuple(StockTile(w, None) for w in weights), by_rows=True)
+    stock = CutLayer(plan, packed("stock", weight, None, plan), by_rows=True)
     assert len(stock.joined(range(4))) == 4 and len(stock.joined(range(1, 2))) == 1
 
 
 def test_what_blocks_are_not_for() -> None:
-    assert not suits(torch.empty(64, 128, dtype=torch.float32), 1)
-    assert not suits(torch.empty(48, 128, dtype=torch.bfloat16), 2), "half a block"
-    assert not suits(torch.empty(64, 2 * MOST_COLUMNS, dtype=torch.bfloat16), 1), "too many columns"
-    assert not suits(torch.empty(16384, 512, dtype=torch.bfloat16), 2), "an output head of few columns"
+    assert not suits(torch.empty(64, 128, dtype=torch.float32), 64)
+    assert not suits(torch.empty(96, 128, dtype=torch.bfloat16), 48), "half a block"
+    assert not suits(torch.empty(64, 2 * MOST_COLUMNS, dtype=torch.bfloat16), 64), "too many columns"
+    assert not suits(torch.empty(32768, 512, dtype=torch.bfloat16), 16384), "an output head of few columns"

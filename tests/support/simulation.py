@@ -167,8 +167,7 @@ class SimulatedServer:
         self._steps[engine] += 1
         if self._steps[engine] > FIRST_STEPS:
             learned = self._learned[engine]
-            others = [cost for other, cost in learned.items() if other != width]
-            learned[width].learn(prompt_tokens, decodes, seconds, self._paces[engine], others)
+            learned[width].learn(prompt_tokens, decodes, seconds, self._paces[engine], learned.values())
         group.step_ends = now + seconds
 
     def _end_step(self, group: _Group, now: float) -> None:
@@ -199,7 +198,7 @@ class SimulatedServer:
             wall_clock=None if self._began is None else self._began + timedelta(seconds=now), schedule=self._schedule,
         )  # fmt: skip
         decision = self._controller.decide(observation)
-        self._lookout.restless = decision.plan is not None or any(group.waiting for group in observation.groups)
+        self._lookout.saw(observation, better_layout=decision.plan is not None)
         if decision.act and decision.plan is not None:
             self._target, self._asked = decision.plan.layout, now
             self.switches.append((now, self._target))

@@ -89,14 +89,14 @@ class StepCost:
         return self.curve().of(0, requests)
 
     def learn(
-        self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None, others: Sequence[StepCost] = ()
+        self, prompt_tokens: int, decodes: int, seconds: float, pace: Pace | None = None, widths: Iterable[StepCost] = ()
     ) -> None:
         """A step was run. With the engine's `pace`, what such a step usually takes is learned, whatever it took now.
 
-        `others` are other widths' costs: where the pace would say alone what is new in this width, they and the probe do.
+        `widths` are the costs of all widths: where the pace alone would say what is new in this one, the others and the probe do.
         """
         if pace is not None:
-            usual = self._usual_s(prompt_tokens, decodes) or self._probed_s(prompt_tokens, decodes, others)
+            usual = self._usual_s(prompt_tokens, decodes) or self._probed_s(prompt_tokens, decodes, widths)
             seconds = pace.usual(seconds, usual, layout=self)
             self._scale(pace.misjudged())
         _add(self._seen, prompt_tokens, decodes, seconds)
@@ -117,9 +117,9 @@ class StepCost:
             return None
         return kind.seconds * self._last_fit.of(prompt_tokens, decodes) / self._last_fit.of(kind.prompt_tokens, kind.decodes)
 
-    def _probed_s(self, prompt_tokens: int, decodes: int, others: Sequence[StepCost]) -> float | None:
+    def _probed_s(self, prompt_tokens: int, decodes: int, widths: Iterable[StepCost]) -> float | None:
         """By the probe, and by what another width's steps take beside its own; None without such a width."""
-        beside = [other._beside_probe() for other in others if other.steps >= ENOUGH_STEPS]
+        beside = [other._beside_probe() for other in widths if other is not self and other.steps >= ENOUGH_STEPS]
         known = [ratio for ratio in beside if ratio is not None]
         if self._probe_curve is None or not known:
             return None

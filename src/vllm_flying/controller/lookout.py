@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vllm_flying.controller.observation import Observation
+
 # Between two looks while nothing changes.
 REST_S = 1.0
 # More or fewer requests than at the last look that are a change: these, and this share of them.
@@ -32,3 +34,7 @@ class Lookout:
             return False
         self._time, self._requests = now, requests
         return True
+
+    def saw(self, observation: Observation, better_layout: bool) -> None:
+        """What the look brought: whether a policy would rather have another layout, and who waits."""
+        self.restless = better_layout or any(group.waiting or group.paused for group in observation.groups)

@@ -104,7 +104,7 @@ class ControlLoop:
         decision = self.controller.decide(seen)
         if self.controller.failures > failures:
             metrics().policy_failed()
-        self._lookout.restless = decision.plan is not None or any(group.waiting or group.paused for group in seen.groups)
+        self._lookout.saw(seen, better_layout=decision.plan is not None)
         if decision.plan is None or not decision.act or self._settings.dry_run:
             if self._audit.note(decision, layout.to_lists()) and decision.plan is not None:
                 metrics().decided(decision.plan.rule, False, decision.plan.gain_s)

@@ -24,17 +24,17 @@ MOST_COLUMNS = 4096
 FEW_COLUMNS, MOST_ROWS_OF_FEW = 2048, 16384
 
 
-def suits(tile: torch.Tensor, num_tiles: int) -> bool:
-    """Whether these kernels are the quicker ones for so many tiles `[rows, columns]` of one weight."""
-    rows, columns = tile.shape
-    if not current_platform.is_cpu() or tile.dtype != torch.bfloat16:
+def suits(weight: torch.Tensor, tile_rows: int) -> bool:
+    """Whether these kernels are the quicker ones for a weight `[rows, columns]` in tiles of `tile_rows`."""
+    rows, columns = weight.shape
+    if not current_platform.is_cpu() or weight.dtype != torch.bfloat16:
         return False
     # With AMX vLLM's own choice stands: it is by size there.
     if not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return False
-    if not hasattr(torch.ops._C, "weight_packed_linear") or rows % BLOCK or columns % BLOCK:
+    if not hasattr(torch.ops._C, "weight_packed_linear") or tile_rows % BLOCK or columns % BLOCK:
         return False
-    tall = num_tiles * rows > MOST_ROWS_OF_FEW
+    tall = rows > MOST_ROWS_OF_FEW
     return columns <= MOST_COLUMNS and not (tall and columns < FEW_COLUMNS)
 
 
@@ -64,9 +64,8 @@ class BlockedTile(Tile):
         return BlockedTile(self._packed, self._bias, range(self._rows.start, last._rows.stop))
 
 
-def blocked_tiles(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> list[BlockedTile]:
-    """A tile of each weight `[rows, columns]`, all of one size, as neighbours; no biases, or one for each."""
-    rows = len(weights[0])
-    packed: torch.Tensor = torch.ops._C.convert_weight_packed(torch.cat(list(weights)))
-    bias = torch.cat(list(biases)).to(torch.float32) if biases else None
-    return [BlockedTile(packed, bias, range(start, start + rows)) for start in range(0, len(packed), rows)]
+def blocked_tiles(weight: torch.Tensor, bias: torch.Tensor | None, tile_rows: int) -> list[BlockedTile]:
+    """A weight `[rows, columns]`, its tiles' rows one after the other, in tiles of `tile_rows`, as neighbours."""
+    packed: torch.Tensor = torch.ops._C.convert_weight_packed(weight)
+    bias = None if bias is None else bias.to(torch.float32)
+    return [BlockedTile(packed, bias, range(start, start + tile_rows)) for start in range(0, len(packed), tile_rows)]

@@ -5,6 +5,8 @@ May import torch and vllm. Works on vLLM's own parallel layer classes; no model 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import (
@@ -21,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_flying.core.tiles import TilePlan
+from vllm_flying.core.tiles import Range, TilePlan
 from vllm_flying.loader.blocked import blocked_tiles, suits
 from vllm_flying.loader.methods import (
     PlainEmbeddingMethod,
@@ -95,11 +97,9 @@ def _cut_linear(module: nn.Module, num_tiles: int, blocked: bool) -> CutLayer:
     if isinstance(module, RowParallelLinear):
         plan = TilePlan((module.input_size_per_partition,), num_tiles)
         weight = module.weight.data
-        tiles = tuple(
-            _pack([weight[:, start:stop].contiguous()], [], blocked)[0]
-            for tile in range(num_tiles)
-            for start, stop in plan.tile_ranges(tile)
-        )
+        columns = [(start, stop) for tile in range(num_tiles) for start, stop in plan.tile_ranges(tile)]
+        all_rows = [[(0, len(weight))]]
+        tiles = tuple(tile for start, stop in columns for tile in row_tiles(weight[:, start:stop], None, all_rows, blocked))
         return CutLayer(plan, tiles, by_rows=False)
     assert isinstance(module, ColumnParallelLinear)
     return _cut_rows(module, TilePlan(tuple(module.output_partition_sizes), num_tiles), blocked)
@@ -109,16 +109,22 @@ def _cut_rows(module: nn.Module, plan: TilePlan, blocked: bool) -> CutLayer:
     weight: torch.Tensor = module.weight.data
     bias: torch.Tensor | None = None if getattr(module, "bias", None) is None else module.bias.data
     ranges = [plan.tile_ranges(tile) for tile in range(plan.num_tiles)]
-    rows = [torch.cat([weight[start:stop] for start, stop in each]) for each in ranges]
-    biases = [] if bias is None else [torch.cat([bias[start:stop] for start, stop in each]) for each in ranges]
-    return CutLayer(plan, tuple(_pack(rows, biases, blocked)), by_rows=True)
+    return CutLayer(plan, tuple(row_tiles(weight, bias, ranges, blocked)), by_rows=True)
 
 
-def _pack(weights: list[torch.Tensor], biases: list[torch.Tensor], blocked: bool) -> list[Tile]:
-    """A tile of each weight `[rows, columns]`, all of one size."""
-    if blocked and suits(weights[0], len(weights)):
-        return [*blocked_tiles(weights, biases)]
-    return [StockTile(weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights))]
+def row_tiles(
+    weight: torch.Tensor, bias: torch.Tensor | None, ranges: Sequence[Sequence[Range]], blocked: bool
+) -> list[Tile]:
+    """Tiles of a weight `[rows, columns]`, all of one size: the row ranges of each. A copy at a time is made of the rows."""
+    tile_rows = len(weight) // len(ranges)
+    if blocked and suits(weight, tile_rows):
+        in_order = [each for tile in ranges for each in tile]
+        return [*blocked_tiles(_rows(weight, in_order), None if bias is None else _rows(bias, in_order), tile_rows)]
+    return [StockTile(_rows(weight, tile), None if bias is None else _rows(bias, tile)) for tile in ranges]
+
+
+def _rows(tensor: torch.Tensor, ranges: Sequence[Range]) -> torch.Tensor:
+    return torch.cat([tensor[start:stop] for start, stop in ranges])
 
 
 def _drop_weight(module: nn.Module) -> None:

@@ -74,8 +74,7 @@ class EngineMeter:
         if self._first_steps:
             self._first_steps -= 1
         else:
-            others = [cost for other, cost in self.costs.items() if other != width]
-            self.costs[width].learn(step.prompt_tokens, step.decodes, took, self.pace, others)
+            self.costs[width].learn(step.prompt_tokens, step.decodes, took, self.pace, self.costs.values())
         self._last_end = now
         for request in step.requests:
             if request.is_finished():
