@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from vllm.platforms import current_platform
@@ -28,9 +30,9 @@ def random(*size: int) -> torch.Tensor:
 
 
 def packed(packing: str, weight: torch.Tensor, bias: torch.Tensor | None, plan: TilePlan) -> tuple[Tile, ...]:
-    if packing == "blocks" and not suits(weight, plan.tile_size):
-        pytest.skip("this CPU has no AVX512-BF16, or it has AMX")
     ranges = [plan.tile_ranges(tile) for tile in range(plan.num_tiles)]
+    if packing == "blocks" and not suits(weight, chain.from_iterable(ranges)):
+        pytest.skip("this CPU has no AVX512-BF16, or it has AMX")
     tiles = row_tiles(weight, bias, ranges, blocked=packing == "blocks")
     assert all(isinstance(tile, BlockedTile if packing == "blocks" else StockTile) for tile in tiles)
     return tuple(tiles)
@@ -77,8 +79,21 @@ def test_blocks_are_one_copy_and_neighbours_one_tile() -> None:
     assert len(stock.joined(range(4))) == 4 and len(stock.joined(range(1, 2))) == 1
 
 
+@pytest.mark.parametrize(("tiles", "multiplications"), [(range(4), 1), (range(2), 3), (range(1, 2), 3)])
+def test_blocks_of_a_fused_weight_are_multiplied_part_by_part(tiles: range, multiplications: int) -> None:
+    plan = TilePlan((256, 128, 128), 4)
+    cut = CutLayer(plan, packed("blocks", random(512, COLUMNS), None, plan), by_rows=True)
+    method, x = TiledRowsMethod(cut, tiles), random(3, COLUMNS)
+    with torch.profiler.profile() as profile:
+        method.apply(NOTHING, x)
+    called = [event.name for event in profile.events()]
+    assert called.count("_C::weight_packed_linear") == multiplications
+    assert not {"aten::cat", "aten::copy_", "aten::contiguous"} & set(called), "outputs are written in place"
+
+
 def test_what_blocks_are_not_for() -> None:
-    assert not suits(torch.empty(64, 128, dtype=torch.float32), 64)
-    assert not suits(torch.empty(96, 128, dtype=torch.bfloat16), 48), "half a block"
-    assert not suits(torch.empty(64, 2 * MOST_COLUMNS, dtype=torch.bfloat16), 64), "too many columns"
-    assert not suits(torch.empty(32768, 512, dtype=torch.bfloat16), 16384), "an output head of few columns"
+    whole = [(0, 64)]
+    assert not suits(torch.empty(64, 128, dtype=torch.float32), whole)
+    assert not suits(torch.empty(96, 128, dtype=torch.bfloat16), [(0, 48), (48, 96)]), "half a block"
+    assert not suits(torch.empty(64, 2 * MOST_COLUMNS, dtype=torch.bfloat16), whole), "too many columns"
+    assert not suits(torch.empty(32768, 512, dtype=torch.bfloat16), [(0, 16384)]), "an output head of few columns"

@@ -1,19 +1,20 @@
-"""Tiles in vLLM's other packing for CPU: blocks of output rows, one after the other, so that neighbours are one tile.
+"""Tiles in vLLM's other packing for CPU: blocks of output rows, one after the other, so that a tile is slices of them.
 
 May import torch and vllm. vLLM packs most weights for oneDNN, in a form that only oneDNN can read, and some for kernels of
-its own, where block follows block: a range of rows is a slice of that. Up to four rows of input these kernels take a fifth to
-a half less time than oneDNN without AMX, from five on about as much, for weights of the sizes that `suits` names;
-`docs/benchmarks.md` has the figures.
+its own, where block follows block: a range of rows is a slice of that, and the kernels write where they are told. The
+whole weight is then one multiplication, and a share of a fused one (query/key/value, gate/up) one per part, with nothing
+to be put together afterwards. Up to four rows of input these kernels take a fifth to a half less time than oneDNN without
+AMX, from eight on about as much, for weights of the sizes that `suits` names; `docs/benchmarks.md` has the figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from vllm._custom_ops import weight_packed_linear_cpu
 from vllm.platforms import current_platform
 
+from vllm_flying.core.tiles import Range
 from vllm_flying.loader.tile import Tile
 
 # Output rows per block, and what the kernels want of the columns.
@@ -24,48 +25,69 @@ MOST_COLUMNS = 4096
 FEW_COLUMNS, MOST_ROWS_OF_FEW = 2048, 16384
 
 
-def suits(weight: torch.Tensor, tile_rows: int) -> bool:
-    """Whether these kernels are the quicker ones for a weight `[rows, columns]` in tiles of `tile_rows`."""
+def suits(weight: torch.Tensor, ranges: Iterable[Range]) -> bool:
+    """Whether these kernels are the quicker ones for a weight `[rows, columns]` of which tiles are these row ranges."""
     rows, columns = weight.shape
     if not current_platform.is_cpu() or weight.dtype != torch.bfloat16:
         return False
     # With AMX vLLM's own choice stands: it is by size there.
     if not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return False
-    if not hasattr(torch.ops._C, "weight_packed_linear") or tile_rows % BLOCK or columns % BLOCK:
+    if not hasattr(torch.ops._C, "weight_packed_linear") or columns % BLOCK:
+        return False
+    if any(start % BLOCK or stop % BLOCK for start, stop in ranges):
         return False
     tall = rows > MOST_ROWS_OF_FEW
     return columns <= MOST_COLUMNS and not (tall and columns < FEW_COLUMNS)
 
 
 class BlockedTile(Tile):
-    """A range of rows of a packed weight `[all rows, columns]`."""
+    """Some row ranges, one after the other, of a packed weight `[all rows, columns]`."""
 
-    def __init__(self, packed: torch.Tensor, bias: torch.Tensor | None, rows: range) -> None:
+    def __init__(self, packed: torch.Tensor, bias: torch.Tensor | None, ranges: Sequence[Range]) -> None:
         super().__init__()
-        self._packed, self._bias, self._rows = packed, bias, rows
-        self._own_rows = packed[rows.start : rows.stop]
-        self._own_bias = None if bias is None else bias[rows.start : rows.stop]
-        self.num_bytes = self._own_rows.numel() * packed.element_size()
+        self._packed, self._bias, self._ranges = packed, bias, _without_seams(ranges)
+        self._weights = [packed[start:stop] for start, stop in self._ranges]
+        self._biases = [None if bias is None else bias[start:stop] for start, stop in self._ranges]
+        self._size = sum(stop - start for start, stop in ranges)
+        self.num_bytes = self._size * packed.shape[1] * packed.element_size()
 
     def forward(self, x: torch.Tensor, with_bias: bool) -> torch.Tensor:
         """`x` is `[..., columns]`; returns `[..., rows]`."""
-        bias = self._own_bias if with_bias else None
-        output: torch.Tensor = weight_packed_linear_cpu(x, self._own_rows, len(self._rows), bias)
-        return output
+        inputs = x.reshape(-1, x.shape[-1])
+        output = inputs.new_empty(inputs.shape[0], self._size)
+        begin = 0
+        for weight, bias in zip(self._weights, self._biases):
+            end = begin + weight.shape[0]
+            torch.ops._C.weight_packed_linear(output[:, begin:end], inputs, weight, bias if with_bias else None, True)
+            begin = end
+        return output.view(*x.shape[:-1], self._size)
 
     def joined(self, neighbours: Sequence[Tile]) -> Tile | None:
-        """This tile and those whose rows follow it, of the same weight."""
-        last = self
+        """This tile and those whose ranges follow its own, of the same weight."""
+        ranges = self._ranges
         for tile in neighbours:
-            if not isinstance(tile, BlockedTile) or tile._packed is not self._packed or tile._rows.start != last._rows.stop:
+            if not isinstance(tile, BlockedTile) or tile._packed is not self._packed or len(tile._ranges) != len(ranges):
                 return None
-            last = tile
-        return BlockedTile(self._packed, self._bias, range(self._rows.start, last._rows.stop))
+            if any(mine[1] != other[0] for mine, other in zip(ranges, tile._ranges)):
+                return None
+            ranges = [(mine[0], other[1]) for mine, other in zip(ranges, tile._ranges)]
+        return BlockedTile(self._packed, self._bias, ranges)
 
 
-def blocked_tiles(weight: torch.Tensor, bias: torch.Tensor | None, tile_rows: int) -> list[BlockedTile]:
-    """A weight `[rows, columns]`, its tiles' rows one after the other, in tiles of `tile_rows`, as neighbours."""
-    packed: torch.Tensor = torch.ops._C.convert_weight_packed(weight)
+def _without_seams(ranges: Sequence[Range]) -> list[Range]:
+    """The same rows in fewer ranges, where one goes on where another ends."""
+    whole = [ranges[0]]
+    for start, stop in ranges[1:]:
+        if start == whole[-1][1]:
+            whole[-1] = (whole[-1][0], stop)
+        else:
+            whole.append((start, stop))
+    return whole
+
+
+def blocked_tiles(weight: torch.Tensor, bias: torch.Tensor | None, tiles: Iterable[Sequence[Range]]) -> list[BlockedTile]:
+    """Tiles of a weight `[rows, columns]`, given by their row ranges: one packed copy of all."""
+    packed: torch.Tensor = torch.ops._C.convert_weight_packed(weight.contiguous())
     bias = None if bias is None else bias.to(torch.float32)
-    return [BlockedTile(packed, bias, range(start, start + tile_rows)) for start in range(0, len(packed), tile_rows)]
+    return [BlockedTile(packed, bias, ranges) for ranges in tiles]

@@ -6,6 +6,7 @@ May import torch and vllm. Works on vLLM's own parallel layer classes; no model 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -115,11 +116,9 @@ def _cut_rows(module: nn.Module, plan: TilePlan, blocked: bool) -> CutLayer:
 def row_tiles(
     weight: torch.Tensor, bias: torch.Tensor | None, ranges: Sequence[Sequence[Range]], blocked: bool
 ) -> list[Tile]:
-    """Tiles of a weight `[rows, columns]`, all of one size: the row ranges of each. A copy at a time is made of the rows."""
-    tile_rows = len(weight) // len(ranges)
-    if blocked and suits(weight, tile_rows):
-        in_order = [each for tile in ranges for each in tile]
-        return [*blocked_tiles(_rows(weight, in_order), None if bias is None else _rows(bias, in_order), tile_rows)]
+    """Tiles of a weight `[rows, columns]`: the row ranges of each."""
+    if blocked and suits(weight, chain.from_iterable(ranges)):
+        return [*blocked_tiles(weight, bias, ranges)]
     return [StockTile(_rows(weight, tile), None if bias is None else _rows(bias, tile)) for tile in ranges]
 
 

@@ -33,12 +33,12 @@ class TiledRowsMethod(_NoWeightsOfItsOwn):
         self._dtype = dtype
         self._tiles = cut.joined(tiles)
         self._size = cut.plan.tile_size * len(tiles)
-        self._pieces = _pieces(cut.plan, tiles, len(self._tiles))
+        self._pieces = _pieces(cut.plan, tiles) if len(self._tiles) > 1 else []
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` is `[..., columns]`; returns `[..., rows of the shard]`. Only the presence of `bias` matters."""
         outputs = [tile(x, bias is not None) for tile in self._tiles]
-        if len(self._pieces) == 1:
+        if len(outputs) == 1:
             return outputs[0]
         if self._dtype is None:
             return torch.cat([outputs[which][..., start:stop] for _, which, (start, stop) in self._pieces], dim=-1)
@@ -48,18 +48,13 @@ class TiledRowsMethod(_NoWeightsOfItsOwn):
         return result
 
 
-def _pieces(plan: TilePlan, tiles: range, num_outputs: int) -> list[tuple[int, int, Range]]:
-    """Where the shard's outputs lie: (first row in the shard, number of the output, its rows there), in the shard's order.
-
-    The outputs are those of each tile, or a single one of all tiles, one after the other.
-    """
-    if len(tiles) == 1 or (num_outputs == 1 and len(plan.part_sizes) == 1):
-        return [(0, 0, (0, plan.tile_size * len(tiles)))]
-    pieces = []
-    for position, moves in enumerate(plan.output_slices(tiles)):
-        which, offset = (position, 0) if num_outputs > 1 else (0, position * plan.tile_size)
-        pieces += [(to_start, which, (start + offset, stop + offset)) for (start, stop), (to_start, _) in moves]
-    return sorted(pieces)
+def _pieces(plan: TilePlan, tiles: range) -> list[tuple[int, int, Range]]:
+    """Where the outputs of tiles go: (first row in the shard, position of the tile, its rows), in the shard's order."""
+    return sorted(
+        (to_start, position, source)
+        for position, moves in enumerate(plan.output_slices(tiles))
+        for source, (to_start, _) in moves
+    )
 
 
 class TiledColumnsMethod(_NoWeightsOfItsOwn):

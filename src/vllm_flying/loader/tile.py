@@ -26,7 +26,7 @@ class Tile(nn.Module, ABC):
         """`x` is `[..., columns]`; returns `[..., rows]`."""
 
     def joined(self, neighbours: Sequence[Tile]) -> Tile | None:
-        """One tile whose output rows are those of this one and of the next ones; None if their packing keeps them apart."""
+        """One tile that gives the shard of this one and the next ones, part by part; None if their packing keeps them apart."""
         return None if neighbours else self
 
 
