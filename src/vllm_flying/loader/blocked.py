@@ -2,8 +2,8 @@
 
 May import torch and vllm. vLLM packs most weights for oneDNN, in a form that only oneDNN can read, and some for kernels of
 its own, where block follows block: a range of rows is a slice of that, and the kernels write where they are told. The
-whole weight is then one multiplication, and a share of a fused one (query/key/value, gate/up) one per part, with nothing
-to be put together afterwards. Up to four rows of input these kernels take a fifth to a half less time than oneDNN without
+whole weight is then one multiplication with nothing to be put together, and a share of a fused one (query/key/value,
+gate/up) is one per part. Up to four rows of input these kernels take a fifth to a half less time than oneDNN without
 AMX, from eight on about as much, for weights of the sizes that `suits` names; `docs/benchmarks.md` has the figures.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from vllm._custom_ops import weight_packed_linear_cpu
 from vllm.platforms import current_platform
 
 from vllm_flying.core.tiles import Range
@@ -54,12 +55,17 @@ class BlockedTile(Tile):
 
     def forward(self, x: torch.Tensor, with_bias: bool) -> torch.Tensor:
         """`x` is `[..., columns]`; returns `[..., rows]`."""
+        biases = self._biases if with_bias else [None] * len(self._weights)
+        if len(self._weights) == 1 or torch.compiler.is_compiling():
+            # vLLM compiles without `enable_auto_functionalized_v2`: slices that are written to would be copied, and worse.
+            outputs = [weight_packed_linear_cpu(x, w, w.shape[0], bias) for w, bias in zip(self._weights, biases)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         inputs = x.reshape(-1, x.shape[-1])
         output = inputs.new_empty(inputs.shape[0], self._size)
         begin = 0
-        for weight, bias in zip(self._weights, self._biases):
+        for weight, bias in zip(self._weights, biases):
             end = begin + weight.shape[0]
-            torch.ops._C.weight_packed_linear(output[:, begin:end], inputs, weight, bias if with_bias else None, True)
+            torch.ops._C.weight_packed_linear(output[:, begin:end], inputs, weight, bias, True)
             begin = end
         return output.view(*x.shape[:-1], self._size)
 
