@@ -2,18 +2,20 @@
 
 May import torch and vllm. vLLM packs most weights for oneDNN, in a form that only oneDNN can read, and some for kernels of
 its own, where block follows block: a range of rows is a slice of that, and the kernels write where they are told. The
-whole weight is then one multiplication with nothing to be put together, and a share of a fused one (query/key/value,
-gate/up) is one per part. Up to four rows of input these kernels take a fifth to a half less time than oneDNN without
+whole weight is then one multiplication, and a share of a fused one (query/key/value, gate/up) one per part, with nothing
+to be put together afterwards. Up to four rows of input these kernels take a fifth to a half less time than oneDNN without
 AMX, from eight on about as much, for weights of the sizes that `suits` names; `docs/benchmarks.md` has the figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import torch
 from vllm._custom_ops import weight_packed_linear_cpu
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_flying.core.tiles import Range
 from vllm_flying.loader.tile import Tile
@@ -42,6 +44,24 @@ def suits(weight: torch.Tensor, ranges: Iterable[Range]) -> bool:
     return columns <= MOST_COLUMNS and not (tall and columns < FEW_COLUMNS)
 
 
+def _part_by_part(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+    output = _nothing_yet(x, weights, biases)
+    parts = output.split([weight.shape[0] for weight in weights], dim=-1)
+    for part, weight, bias in zip_longest(parts, weights, biases):
+        torch.ops._C.weight_packed_linear(part, x, weight, bias, True)
+    return output
+
+
+def _nothing_yet(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+
+
+# One op to torch.compile: vLLM compiles without `enable_auto_functionalized_v2`, and slices of an output that are written to
+# then become copies of it, of a wrong size even.
+_LIBRARY = torch.library.Library("vllm_flying", "FRAGMENT")
+direct_register_custom_op("part_by_part", _part_by_part, fake_impl=_nothing_yet, target_lib=_LIBRARY, dispatch_key="CPU")
+
+
 class BlockedTile(Tile):
     """Some row ranges, one after the other, of a packed weight `[all rows, columns]`."""
 
@@ -49,24 +69,16 @@ class BlockedTile(Tile):
         super().__init__()
         self._packed, self._bias, self._ranges = packed, bias, _without_seams(ranges)
         self._weights = [packed[start:stop] for start, stop in self._ranges]
-        self._biases = [None if bias is None else bias[start:stop] for start, stop in self._ranges]
+        self._biases = [] if bias is None else [bias[start:stop] for start, stop in self._ranges]
         self._size = sum(stop - start for start, stop in ranges)
         self.num_bytes = self._size * packed.shape[1] * packed.element_size()
 
     def forward(self, x: torch.Tensor, with_bias: bool) -> torch.Tensor:
         """`x` is `[..., columns]`; returns `[..., rows]`."""
-        biases = self._biases if with_bias else [None] * len(self._weights)
-        if len(self._weights) == 1 or torch.compiler.is_compiling():
-            # vLLM compiles without `enable_auto_functionalized_v2`: slices that are written to would be copied, and worse.
-            outputs = [weight_packed_linear_cpu(x, w, w.shape[0], bias) for w, bias in zip(self._weights, biases)]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        inputs = x.reshape(-1, x.shape[-1])
-        output = inputs.new_empty(inputs.shape[0], self._size)
-        begin = 0
-        for weight, bias in zip(self._weights, biases):
-            end = begin + weight.shape[0]
-            torch.ops._C.weight_packed_linear(output[:, begin:end], inputs, weight, bias, True)
-            begin = end
+        biases = self._biases if with_bias else []
+        if len(self._weights) == 1:
+            return weight_packed_linear_cpu(x, self._weights[0], self._size, biases[0] if biases else None)
+        output = torch.ops.vllm_flying.part_by_part(x.reshape(-1, x.shape[-1]), self._weights, biases)
         return output.view(*x.shape[:-1], self._size)
 
     def joined(self, neighbours: Sequence[Tile]) -> Tile | None:

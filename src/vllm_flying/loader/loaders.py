@@ -74,8 +74,9 @@ class FlyingModelLoader(BaseModelLoader):
             maybe_retie_word_embeddings(model, model_config)
             cut_model(resident, blocked=self._settings.packing == "auto")
             logger.info(
-                "Weights cut into %d tiles per layer: %.1f MiB in tiles.", self._num_tiles, resident.tile_bytes() / 2**20
-            )
+                "Weights cut into %d tiles per layer, %d of %d layers in blocks: %.1f MiB in tiles.",
+                self._num_tiles, resident.layers_in_blocks(), len(resident.cut_layers), resident.tile_bytes() / 2**20,
+            )  # fmt: skip
         else:
             for name, module in model.named_modules():
                 check_supported(name, module)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from vllm_flying.core.tiles import TilePlan
+from vllm_flying.loader.blocked import BlockedTile
 from vllm_flying.loader.tile import Tile
 
 
@@ -39,6 +40,10 @@ class ResidentWeights:
     def tile_bytes(self) -> int:
         """Bytes held in tiles, whatever form the device packs them in."""
         return sum(tile.num_bytes for layer in self.cut_layers.values() for tile in layer.tiles)
+
+    def layers_in_blocks(self) -> int:
+        """Layers whose tiles are slices of one packed weight."""
+        return sum(isinstance(layer.tiles[0], BlockedTile) for layer in self.cut_layers.values())
 
 
 class _Process:

@@ -239,6 +239,8 @@ USED = [
     Symbol("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", "packing of tiles",
            ("layer", "remove_weight")),
     Symbol("vllm._custom_ops", "weight_packed_linear_cpu", "tiles in blocks", ("x", "packed_weight", "n", "bias")),
+    Symbol("vllm.utils.torch_utils", "direct_register_custom_op", "tiles in blocks",
+           ("op_name", "op_func", "fake_impl", "target_lib", "dispatch_key")),
     Symbol("vllm.utils.torch_utils", "set_default_torch_dtype", "models of wider layouts", ("dtype",)),
     # Engine
     *_group("vllm.v1.executor.multiproc_executor", "control calls", "MultiprocExecutor",
