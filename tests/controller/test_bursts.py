@@ -125,24 +125,31 @@ def test_a_machine_whose_pace_wanders_keeps_nobody_in_the_wrong_layout(seed: int
     assert 60.0 < split < 75.0 and 80.0 < merge < 97.0 and len(layout.groups) == 1, server.switches
 
 
-@pytest.mark.parametrize("seed", [6, 10, 12, 14, 23])
-def test_engines_whose_first_steps_are_a_bursts_are_left_after_it(seed: int) -> None:
-    """At what pace they ran nobody knows: by the pace alone they looked too quick to be left, for good."""
+def seconds_apart_after_bursts(seed: int, probe_noise: float) -> list[float]:
+    """After each of three bursts; 40 is all the time until the next one."""
     costs = {1: CostCurve(0.0205, 0.00032, (0.0006, 0.0006)), 2: CostCurve(0.0125, 0.00018, (0.0007, 0.0006))}
-    bursts = [40.0, 100.0, 160.0]
     arrivals = poisson([(40.0, 4.0, 64, 32), (20.0, 14.0, 64, 48)] * 3 + [(40.0, 4.0, 64, 32)], seed)
     wandering = jitter(seed)
     server = SimulatedServer(
-        costs, Layout.of([[0, 1]], 2), Controller(auto), seed=seed, noise=0.3,
+        costs, Layout.of([[0, 1]], 2), Controller(auto), seed=seed, noise=0.3, probe_noise=probe_noise,
         pace=lambda now, width: wandering(now, width) * (1.2 if now < 1.0 else 1.0),
     )  # fmt: skip
     server.run(arrivals)
-    for burst in bursts:
-        merges = [time for time, layout in server.switches if burst + 15.0 < time < burst + 32.0 and len(layout.groups) == 1]
-        assert merges, server.switches
+    apart = []
+    for end in (60.0, 120.0, 180.0):
+        merges = [time for time, layout in server.switches if end - 5.0 < time < end + 40.0 and len(layout.groups) == 1]
+        apart.append(max(0.0, merges[0] - end) if merges else 40.0)
+    return apart
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("probe_noise", [0.0, 0.08])
+def test_engines_whose_first_steps_are_a_bursts_are_left_after_it(probe_noise: float) -> None:
+    """At what pace they ran nobody knows: by the pace alone they looked too quick to be left, for good."""
+    apart = [seconds for seed in (6, 10, 12, 14, 23) for seconds in seconds_apart_after_bursts(seed, probe_noise)]
+    assert max(apart) < 30.0 and sum(seconds > 12.0 for seconds in apart) <= 2, apart
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
 def test_slow_first_steps_are_not_held_against_a_layout(seed: int) -> None:
     """The pair runs first, when all memory is touched for the first time; it is quicker ever after."""
     costs: dict[int, CostCurve] = {1: straight(0.0205, 0.0003, 0.0008), 2: straight(0.0125, 0.0002, 0.0011)}
@@ -152,7 +159,9 @@ def test_slow_first_steps_are_not_held_against_a_layout(seed: int) -> None:
         pace=lambda now, width: 1.6 if width == 2 and now < 2.0 else 1.0,
     )  # fmt: skip
     server.run(arrivals)
-    (split, _), (merge, layout) = server.switches[-2:]
+    tried = [time for time, _ in server.switches if time < 15.0]
+    assert len(tried) in (0, 2), "it may try the other one while it has seen next to nothing"
+    (split, _), (merge, layout) = server.switches[len(tried) :]
     assert 60.0 < split < 68.0 and 84.0 < merge < 97.0 and len(layout.groups) == 1, server.switches
 
 

@@ -42,8 +42,8 @@ def test_what_is_new_in_a_layout_is_held_against_its_probe() -> None:
         merged.learn(0, 1, 0.010, pace, [alone])
         merged.curve()
     pace.factor = pace.lasting = 1.5  # a burst made steps slow that are not known well
-    for index in range(300):
-        decodes = 30 - index // 10
+    for index in range(500):
+        decodes = max(1, 30 - index // 10)
         alone.learn(0, decodes, 1.25 * (0.0152 + 0.000775 * decodes), pace, [merged])
         alone.curve()
     assert alone.decode_step_s(1) == pytest.approx(0.020, rel=0.12), "two thirds of it by the pace alone"

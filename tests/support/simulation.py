@@ -80,6 +80,7 @@ class SimulatedServer:
         interval_s: float = 0.25,
         noise: float = 0.05,
         seed: int = 0,
+        probe_noise: float = 0.0,
         began: datetime | None = None,
         schedule: Schedule | None = None,
         pace: Callable[[float, int], float] = lambda now, width: 1.0,
@@ -96,12 +97,13 @@ class SimulatedServer:
         self._pace, self._paces = pace, [Pace() for _ in range(layout.num_engines)]
         self._steps = [0] * layout.num_engines
         self._learned = [{width: StepCost() for width in costs} for _ in range(layout.num_engines)]
+        probes = random.Random(seed)
         for learned in self._learned:
             for width, cost in learned.items():
                 # A probe sees no sampling; here none of what a decoding request takes beyond a prompt token.
                 fixed, per_token = 0.9 * costs[width].step_s, costs[width].prompt_token_s
                 cost.seed([
-                    (prompt, decodes, self._random.uniform(0.92, 1.08) * (fixed + per_token * (prompt + decodes)))
+                    (prompt, decodes, (1 + probe_noise * probes.uniform(-1, 1)) * (fixed + per_token * (prompt + decodes)))
                     for prompt, decodes in PROBE_STEPS
                 ])  # fmt: skip
         self._counters = dict.fromkeys(

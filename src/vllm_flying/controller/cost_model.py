@@ -26,6 +26,8 @@ MEMORY_STEPS = 1024
 KNOWN_STEPS = 16
 # What a probe runs: (prompt tokens, decoding requests). Few, so that a start is hardly longer, of small and large steps.
 PROBE_STEPS = ((0, 1), (31, 1), (0, 32), (127, 1), (0, 128))
+# Up to so many decoding requests, and no prompts, a probe tells the pace; of fuller steps it knows too little.
+PROBE_TELLS = 8
 # A probe's kind counts as so many real steps, once there are any.
 STAND_IN = 0.05
 # So that all numbers come out of fewer kinds: what can't be told apart is a cost of every step, and every request the same.
@@ -118,7 +120,9 @@ class StepCost:
         return kind.seconds * self._last_fit.of(prompt_tokens, decodes) / self._last_fit.of(kind.prompt_tokens, kind.decodes)
 
     def _probed_s(self, prompt_tokens: int, decodes: int, widths: Iterable[StepCost]) -> float | None:
-        """By the probe, and by what another width's steps take beside its own; None without such a width."""
+        """By the probe, and by what another width's steps take beside its own; None without such a width, and for full steps."""
+        if prompt_tokens or decodes > PROBE_TELLS:
+            return None
         beside = [other._beside_probe() for other in widths if other is not self and other.steps >= ENOUGH_STEPS]
         known = [ratio for ratio in beside if ratio is not None]
         if self._probe_curve is None or not known:
