@@ -16,6 +16,7 @@ import httpx
 from bench.arrivals import Arrival
 from bench.queueing import QueueTime
 from bench.recorded import write_timed_trace
+from bench.report import stolen_seconds
 from bench.stock_client import ServedRequest, bench_serve_together, closed_loop, served_requests
 from tests.support.server import Server
 
@@ -28,13 +29,15 @@ LOOK_S = 1.0
 class Replay:
     """What was sent and how it was served, and when the server's layout became which; `origin` is second 0.
 
-    `queue_time` is what a request waited on average until it was scheduled, in seconds, by the server's account.
+    `queue_time` is what a request waited on average until it was scheduled, in seconds, by the server's account;
+    `stolen_s` the seconds that the host took from the machine meanwhile.
     """
 
     origin: float
     requests: list[tuple[Arrival, ServedRequest]]
     layouts: list[tuple[float, Layout]]
     queue_time: float
+    stolen_s: float = 0.0
 
 
 async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int, watch: bool, seed: int) -> Replay:
@@ -42,7 +45,7 @@ async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int,
     if not arrivals:
         raise ValueError("no requests to send: none arrives in this part of the trace")
     await closed_loop(server, 4, 8, 64, 4, seed)  # both engines warm
-    waited = QueueTime.of(server)
+    waited, stolen = QueueTime.of(server), stolen_seconds()
     layouts: list[tuple[float, Layout]] = []
     looking = asyncio.ensure_future(_look(server, layouts)) if watch else None
     requests = await _send(server, arrivals, chunk_tokens, seed)
@@ -51,7 +54,7 @@ async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int,
     # The client doesn't say when it began. No request is sent before its time, so the most punctual one tells.
     origin = min(served.start - arrival.time for arrival, served in requests)
     layouts = [(max(0.0, moment - origin), layout) for moment, layout in layouts]
-    return Replay(origin, requests, layouts, QueueTime.of(server).mean_since(waited))
+    return Replay(origin, requests, layouts, QueueTime.of(server).mean_since(waited), stolen_seconds() - stolen)
 
 
 async def _send(

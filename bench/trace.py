@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -78,11 +78,12 @@ def main() -> None:
         "requests": {name: [_requests(turn) for turn in turns] for name, turns in results.items()},
         "layouts": [turn.layouts for turn in results.get("auto", ())],
         "burst_rates": rates,
+        "stolen_s": {name: [turn.stolen_s for turn in turns] for name, turns in results.items()},
         "decisions": records,
         "step_costs": step_costs,
     }
     comparison = compare(results, Objectives(*arguments.objectives))
-    folder = write("trace", data, f"{table(comparison)}\n\n{targets(comparison)}")
+    folder = write("trace", data, f"{table(comparison)}\n\n{targets(comparison)}\n\n{_stolen(results)}")
     plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in results.items()})
 
 
@@ -134,6 +135,12 @@ def _requests(replayed: Replay) -> list[dict[str, Any]]:
         {"time": arrival.time, "phase": arrival.phase, **asdict(served), "start": served.start - replayed.origin}
         for arrival, served in replayed.requests
     ]
+
+
+def _stolen(results: Mapping[str, Sequence[Replay]]) -> str:
+    """Turns in which servers had other machines say little."""
+    seconds = "; ".join(f"{name} {', '.join(f'{turn.stolen_s:.1f}' for turn in turns)}" for name, turns in results.items())
+    return f"Seconds that the host took, turn by turn: {seconds}."
 
 
 def _mix_flags(arguments: argparse.Namespace, name: str) -> list[str]:
