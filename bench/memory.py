@@ -16,6 +16,7 @@ from bench.server import add_server_options, bench_server, server_flags
 from tests.support.server import Server
 
 MB = 1e6
+STOCK: dict[str, dict[str, int]] = {"stock DP=2": {}, "stock TP=2": {"engines": 1, "tensor_parallel": 2}}
 
 
 def main() -> None:
@@ -24,11 +25,12 @@ def main() -> None:
     add_server_options(parser)
     arguments = parser.parse_args()
     model, flags = model_of(arguments), server_flags(arguments)
-    processes: dict[str, float] = {}
-    with progress(2) as done:
-        with bench_server(model, *flags, flying=False) as server:
-            processes["stock DP=2"] = proportional_bytes(server)
-        done("stock DP: measured")
+    processes: dict[str, dict[str, int]] = {}
+    with progress(3) as done:
+        for name, options in STOCK.items():
+            with bench_server(model, *flags, flying=False, **options) as server:
+                processes[name] = proportional_bytes(server)
+            done(f"{name}: measured")
         with bench_server(model, *flags, flying=True) as server:
             processes["flying, 2 engines, widths 1 and 2"] = proportional_bytes(server)
             workers: list[list[dict[str, Any]]] = server.client.get("/plugins/flying/memory").json()["workers"]
@@ -37,20 +39,36 @@ def main() -> None:
                 server.switch(groups)
                 tokens[name] = sum(group["kv_tokens_capacity"] for group in server.status()["groups"])
         done("flying: measured")
-    rows = [[name, f"{size / MB:.0f}"] for name, size in processes.items()]
-    table = markdown(["server", "memory of all its processes, MB (PSS)"], rows)
+    rows = [
+        [name, f"{sum(sizes.values()) / MB:.0f}", "; ".join(f"{process} {size / MB:.0f}" for process, size in sizes.items())]
+        for name, sizes in processes.items()
+    ]
+    table = markdown(["server", "memory of all its processes, MB (PSS)", "of these"], rows)
     table += f"\n\nKV tokens of both engines: {tokens['apart']} apart, {tokens['merged']} merged."
     every = [worker for engine in workers for worker in engine]
     ratio = max(worker["weight_bytes_all_layouts"] / worker["weight_bytes_one_copy"] for worker in every)
     table += f" Weights of all layouts over one copy, unique storages: {ratio:.4f}."
     folder = write("memory", {"processes": processes, "workers": workers, "kv_tokens": tokens}, table)
-    bars = {name: {"": [size / MB]} for name, size in processes.items()}
+    bars = {name: {"": [sum(sizes.values()) / MB]} for name, sizes in processes.items()}
     plot_bars(folder / "memory.png", "Memory of all processes", "MB", bars)
 
 
-def proportional_bytes(server: Server) -> float:
-    """Proportional set size of every process of the server: shared pages are counted once, over all of them."""
-    return float(sum(_pss(pid) for pid in _members(os.getpgid(server.pid))))
+def proportional_bytes(server: Server) -> dict[str, int]:
+    """Proportional set size of every process of the server by its title: shared pages are counted once, over all of them."""
+    sizes: dict[str, int] = {}
+    for pid in sorted(_members(os.getpgid(server.pid))):
+        title = _title(pid)
+        sizes[title] = sizes.get(title, 0) + _pss(pid)
+    return sizes
+
+
+def _title(pid: int) -> str:
+    """What vLLM calls the process, or its program."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return Path(words[0].decode().strip()).name
 
 
 def _members(group: int) -> Iterator[int]:
