@@ -32,7 +32,7 @@ def observation(layout: Layout, time: float = 100.0, arrival_rate: float = 0.0, 
         values |= of_first if index == 0 else {}
         groups.append(GroupObservation(engines=group, kv_tokens_capacity=1000 * len(group), **values))
     widths = tuple(w for w in (1, 2, 4) if w <= layout.num_engines)
-    return Observation(time, layout, tuple(groups), COSTS, widths, 1000, 256, arrival_rate)
+    return Observation(time, layout, tuple(groups), COSTS, widths, 1000, dict.fromkeys(widths, 256), arrival_rate)
 
 
 def test_an_idle_server_merges_and_a_burst_splits_it() -> None:

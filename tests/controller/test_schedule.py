@@ -143,7 +143,7 @@ def test_plans_hold_what_is_needed_and_settle(
 def test_the_clock_and_the_schedule_reach_the_policy() -> None:
     status = {
         "running": 0, "waiting": 0, "paused": 0, "prompt_tokens_queued": 0, "kv_tokens_capacity": 100,
-        "kv_tokens_used": 0, "largest_request": 0, "wanted_width": 1, "kv_tokens_per_engine": 100, "max_running": 8,
+        "kv_tokens_used": 0, "largest_request": 0, "wanted_width": 1, "kv_tokens_per_engine": 100, "max_running": {"1": 8, "2": 8},
         "pace": 1.0, "costs": {}, "requests_added": 0, "prompt_tokens_added": 0, "requests_finished": 0, "output_tokens_finished": 0,
         "requests_served": 0, "seconds_served": 0.0, "prompt_tokens_served": 0, "output_tokens_served": 0,
     }  # fmt: skip

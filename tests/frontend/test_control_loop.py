@@ -44,7 +44,7 @@ class Recorded:
         return {
             "engine": engine, "state": "serving", "running": 0, "waiting": 0, "paused": 0, "prompt_tokens_queued": 0,
             "kv_tokens_capacity": 1000, "kv_tokens_used": 0, "largest_request": 0, "wanted_width": 1,
-            "kv_tokens_per_engine": 1000, "max_running": 64, "prompt_tokens_added": 0, "requests_finished": 0,
+            "kv_tokens_per_engine": 1000, "max_running": {"1": 64, "2": 64}, "prompt_tokens_added": 0, "requests_finished": 0,
             "output_tokens_finished": 0, **{name: value if engine == 0 else 0 for name, value in self.counted.items()},
             "pace": 1.0, "costs": {"1": costs(0.020, 0.0004, 0.0004), "2": costs(0.012, 0.0003, 0.0006)},
         }  # fmt: skip

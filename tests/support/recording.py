@@ -63,6 +63,7 @@ def _observation(line: dict[str, Any]) -> Observation:
         "groups": tuple(GroupObservation(**group) for group in groups),
         "costs": {int(width): CostCurve.from_dict(cost) for width, cost in line["costs"].items()},
         "widths": tuple(line["widths"]),
+        "max_running": {int(width): most for width, most in line["max_running"].items()},
         "totals": Totals(**line["totals"]),
         "targets": Targets(**line["targets"]),
         "wall_clock": line["wall_clock"] and datetime.fromisoformat(line["wall_clock"]),

@@ -79,7 +79,8 @@ class Observation:
     widths: tuple[int, ...]
     """Widths that were built, 1 included."""
     kv_tokens_per_engine: int
-    max_running: int
+    max_running: Mapping[int, int]
+    """Requests that a group of each width runs at once at most."""
     arrival_rate: float = 0.0
     """Requests per second."""
     arrival_trend: float = 0.0

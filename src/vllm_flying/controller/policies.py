@@ -41,7 +41,7 @@ def predicted_response(observation: Observation, layout: Layout) -> Response | N
         return None
     # In a mixed layout usual requests go to the narrow groups; the wide one is there for its own request.
     num_groups = sum(1 for group in layout.groups if len(group) == narrowest)
-    return response(curve, num_groups, observation.load, observation.max_running)
+    return response(curve, num_groups, observation.load, observation.max_running[narrowest])
 
 
 def load(observation: Observation) -> Plan | None:

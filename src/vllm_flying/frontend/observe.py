@@ -55,7 +55,7 @@ def observe(
         costs=step_costs(statuses),
         widths=tuple(sorted({1, *widths})),
         kv_tokens_per_engine=statuses[0]["kv_tokens_per_engine"],
-        max_running=statuses[0]["max_running"],
+        max_running={int(width): most for width, most in statuses[0]["max_running"].items()},
         arrival_rate=rates.arrival_rate,
         arrival_trend=rates.arrival_trend,
         mean_prompt_tokens=rates.mean_prompt_tokens,

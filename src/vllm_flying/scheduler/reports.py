@@ -44,7 +44,7 @@ class EngineReports:
             "kv_tokens_used": pool.num_used * page_tokens(facade, width),
             "pages": {str(w): {"owned": p.num_owned, "used": p.num_used} for w, p in facade.pools.items()},
             "scheduled_tokens": facade.scheduled_tokens,
-            "max_running": facade.active.max_num_running_reqs,
+            "max_running": {str(w): scheduler.max_num_running_reqs for w, scheduler in facade.schedulers.items()},
             "kv_tokens_per_engine": (facade.kv_cache_config.num_blocks - 1) * page_tokens(facade, 1),
             **unfinished_needs(facade),
             **facade.meter.report(),

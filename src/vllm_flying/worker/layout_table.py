@@ -14,6 +14,7 @@ from typing import Any
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_flying.loader.loaders import VIEW_FORMAT
+from vllm_flying.worker.batch_limits import take_default_limits
 from vllm_flying.worker.communicators import use_communicators
 from vllm_flying.worker.kv_views import kernel_block_size
 from vllm_flying.worker.pages import PageMap
@@ -90,5 +91,6 @@ def wide_vllm_config(vllm_config: VllmConfig, width: int) -> VllmConfig:
     if wide.cache_config.block_size is not None:
         wide.cache_config.block_size *= width
     wide.compilation_config.static_forward_context = {}
+    take_default_limits(wide, vllm_config)
     wide.load_config.load_format = VIEW_FORMAT
     return wide
