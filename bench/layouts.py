@@ -20,7 +20,7 @@ from bench.models import add_model_options, model_of
 from bench.plots import plot_bars
 from bench.progress import progress
 from bench.report import markdown, write
-from bench.server import add_server_options, bench_server, server_flags
+from bench.server import STOCK, add_server_options, bench_server, server_flags
 from bench.stock_client import closed_loop, open_loop
 from tests.support.server import Server
 
@@ -69,7 +69,6 @@ QUANTITIES = {
     "p99_itl_ms": "P99 ITL ms",
 }
 LAYOUTS = {"DP": [[0], [1]], "TP": [[0, 1]]}
-STOCK: dict[str, dict[str, int]] = {"DP": {}, "TP": {"engines": 1, "tensor_parallel": 2}}
 Samples = dict[tuple[str, str, str], list[dict[str, Any]]]
 
 
@@ -94,7 +93,7 @@ def main() -> None:
         done(f"flying: up after {flying.start_seconds:.0f} s")
         stock: dict[str, Server] = {}
         for layout, options in STOCK.items():
-            stock[layout] = stack.enter_context(bench_server(model, *flags, flying=False, **options))
+            stock[layout] = stack.enter_context(bench_server(model, *flags, **options))
             done(f"stock {layout}: up after {stock[layout].start_seconds:.0f} s")
         for repeat, (layout, groups) in product(range(arguments.repeats), LAYOUTS.items()):
             flying.switch(groups)

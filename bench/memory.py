@@ -12,11 +12,10 @@ from bench.models import add_model_options, model_of
 from bench.plots import plot_bars
 from bench.progress import progress
 from bench.report import markdown, write
-from bench.server import add_server_options, bench_server, server_flags
+from bench.server import STOCK, add_server_options, bench_server, server_flags
 from tests.support.server import Server
 
 MB = 1e6
-STOCK: dict[str, dict[str, int]] = {"stock DP=2": {}, "stock TP=2": {"engines": 1, "tensor_parallel": 2}}
 
 
 def main() -> None:
@@ -27,10 +26,10 @@ def main() -> None:
     model, flags = model_of(arguments), server_flags(arguments)
     processes: dict[str, dict[str, int]] = {}
     with progress(3) as done:
-        for name, options in STOCK.items():
-            with bench_server(model, *flags, flying=False, **options) as server:
-                processes[name] = proportional_bytes(server)
-            done(f"{name}: measured")
+        for layout, options in STOCK.items():
+            with bench_server(model, *flags, **options) as server:
+                processes[f"stock {layout}=2"] = proportional_bytes(server)
+            done(f"stock {layout}: measured")
         with bench_server(model, *flags, flying=True) as server:
             processes["flying, 2 engines, widths 1 and 2"] = proportional_bytes(server)
             workers: list[list[dict[str, Any]]] = server.client.get("/plugins/flying/memory").json()["workers"]

@@ -9,6 +9,9 @@ from typing import Any
 
 from tests.support.server import Server
 
+STOCK: dict[str, dict[str, Any]] = {"DP": {"flying": False}, "TP": {"flying": False, "engines": 1, "tensor_parallel": 2}}
+"""What `bench_server` takes for stock vLLM in the static layouts of two workers."""
+
 
 def add_server_options(parser: argparse.ArgumentParser, dtype: str = "bfloat16") -> None:
     """What `server_flags` takes."""

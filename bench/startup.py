@@ -9,13 +9,9 @@ from bench.models import add_model_options, model_of
 from bench.plots import plot_bars
 from bench.progress import progress
 from bench.report import markdown, write
-from bench.server import add_server_options, bench_server, server_flags
+from bench.server import STOCK, add_server_options, bench_server, server_flags
 
-SERVERS = {
-    "stock DP=2": {"flying": False},
-    "stock TP=2": {"flying": False, "engines": 1, "tensor_parallel": 2},
-    "flying, 2 engines": {"flying": True},
-}
+SERVERS = {f"stock {layout}=2": options for layout, options in STOCK.items()} | {"flying, 2 engines": {"flying": True}}
 
 
 def main() -> None:
@@ -29,7 +25,7 @@ def main() -> None:
     with progress(arguments.turns * len(SERVERS)) as done:
         for turn in range(arguments.turns):
             for name, options in SERVERS.items():
-                with bench_server(model, *server_flags(arguments), **options) as server:  # type: ignore[arg-type]
+                with bench_server(model, *server_flags(arguments), **options) as server:
                     seconds[name].append(server.start_seconds)
                 done(f"turn {turn + 1} of {arguments.turns}, {name}: {seconds[name][-1]:.1f} s")
     stock = median(seconds["stock DP=2"])

@@ -25,16 +25,12 @@ from bench.progress import progress
 from bench.recorded import read
 from bench.replay import Replay, replay
 from bench.report import write
-from bench.server import add_server_options, bench_server, server_flags
+from bench.server import STOCK, add_server_options, bench_server, server_flags
 from bench.stock_client import closed_loop
 from bench.targets import targets
 from tests.support.server import Server
 
-SERVERS: dict[str, dict[str, Any]] = {
-    "DP": {"flying": False},
-    "TP": {"flying": False, "engines": 1, "tensor_parallel": 2},
-    "auto": {"flying": True, "settings": {"policy": "auto"}},
-}
+SERVERS: dict[str, dict[str, Any]] = STOCK | {"auto": {"flying": True, "settings": {"policy": "auto"}}}
 SATURATED = 64
 """Requests in flight that a pair serves about as many tokens per second with as it ever does."""
 
