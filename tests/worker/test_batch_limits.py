@@ -24,9 +24,12 @@ def limits(config: VllmConfig) -> tuple[int, int, list[int] | None]:
 
 
 @pytest.mark.parametrize("context", [UsageContext.OPENAI_API_SERVER, UsageContext.LLM_CLASS])
-def test_where_nobody_said_a_group_takes_as_much_as_stock_vllm_of_its_size(tmp_path: Path, context: UsageContext) -> None:
+@pytest.mark.parametrize("given", [{}, {"max_num_batched_tokens": 200}, {"max_num_batched_tokens": 300}, {"max_num_seqs": 100}])
+def test_where_nobody_said_a_group_takes_as_much_as_stock_vllm_of_its_size(
+    tmp_path: Path, context: UsageContext, given: dict[str, int]
+) -> None:
     model = make_checkpoint("llama", tmp_path)
-    engine, stock = (engine_config(model, context, tensor_parallel_size=size) for size in (1, 2))
+    engine, stock = (engine_config(model, context, tensor_parallel_size=size, **given) for size in (1, 2))
     alone = limits(engine)
     assert limits(wide_vllm_config(engine, 2)) == limits(stock)
     assert limits(engine) == alone

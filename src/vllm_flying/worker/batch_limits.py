@@ -19,6 +19,9 @@ def take_default_limits(wide: VllmConfig, engine: VllmConfig) -> None:
         context = next((context for context, default in of_engine.items() if default == limit), None)
         if context is not None:
             setattr(wide.scheduler_config, name, of_group[context])
+    # As vLLM does where it takes a default: a step has a token at least for each of its requests.
+    scheduler = wide.scheduler_config
+    scheduler.max_num_seqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     endpoints = wide.compilation_config.compile_ranges_endpoints
     if endpoints:  # the last is the most tokens of a step
         wide.compilation_config.compile_ranges_endpoints = [*endpoints[:-1], wide.scheduler_config.max_num_batched_tokens]
