@@ -73,9 +73,10 @@ def response(curve: CostCurve, num_groups: int, load: Load, max_running: int) ->
     decoding = min(float(max_running), _decoding_soon(curve, rate, load, present, left_of_prompts))
     step_s = curve.of(0, decoding) / left_of_prompts
     queued = load.prompt_tokens_queued / num_groups + load.prompt_tokens
-    first_token_s = step_s / 2 + queued * curve.prompt_token_s / left_of_prompts
+    # What is left of the step in flight, a half on average, and the request's own first step.
+    first_token_s = 1.5 * step_s + queued * curve.prompt_token_s / left_of_prompts
     turns = max(1.0, present / max_running)
-    turn_s = first_token_s + load.output_tokens * step_s
+    turn_s = first_token_s + max(0.0, load.output_tokens - 1.0) * step_s
     return Response((turns - 1.0) * turn_s + first_token_s, step_s, turns * turn_s)
 
 

@@ -72,7 +72,7 @@ class FlyingModelLoader(BaseModelLoader):
         resident = ResidentWeights(model, self._num_tiles)
         if use_tiles(self._settings):
             maybe_retie_word_embeddings(model, model_config)
-            cut_model(resident, blocked=self._settings.packing == "auto")
+            cut_model(resident, blocked=self._settings.packing == "blocks")
             logger.info(
                 "Weights cut into %d tiles per layer, %d of %d layers in blocks: %.1f MiB in tiles.",
                 self._num_tiles, resident.layers_in_blocks(), len(resident.cut_layers), resident.tile_bytes() / 2**20,

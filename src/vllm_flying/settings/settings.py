@@ -16,7 +16,7 @@ from vllm_flying.controller.schedule import Schedule, ScheduleError, parse_sched
 from vllm_flying.core.topology import LayoutError, available_widths
 
 WEIGHTS = ("auto", "tiles", "views")
-PACKING = ("auto", "stock")
+PACKING = ("stock", "blocks")
 ON_HINT = ("form", "best_effort")
 URGENT_POLICIES = ("auto", "priority")
 """Policies that give an urgent request a wide group at once, and its steps to itself."""
@@ -43,9 +43,9 @@ class Settings:
     """How a worker holds its one copy of the weights: `tiles` (each layer cut at the widest degree and packed tile by
     tile), `views` (plain weights, wider layouts use slices of them), `auto`: tiles on CPU, views on GPU."""
 
-    packing: str = "auto"
-    """How tiles are packed on CPU: `stock` (as vLLM packs whole weights there), `auto` (so too, but bfloat16 on CPUs with
-    AVX512-BF16 and without AMX for vLLM's own kernels, where few requests decode faster)."""
+    packing: str = "stock"
+    """How tiles are packed on CPU: `stock` (as vLLM packs whole weights there), `blocks` (so too, but bfloat16 on CPUs with
+    AVX512-BF16 and without AMX for vLLM's own kernels: on some of these CPUs few requests decode faster; measure it)."""
 
     on_hint: str = "form"
     """What a request's `parallelism_hint` does when no group has that width: `form` one, or `best_effort`: run where
