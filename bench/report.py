@@ -36,10 +36,7 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    model_name = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    return {"cpu": model_name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions,
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions,
             "stolen_s": round(stolen_seconds() - STOLEN_BEFORE, 1), "client_cpu_s": round(time.process_time(), 1)}  # fmt: skip
 
 
@@ -65,8 +62,12 @@ def markdown(columns: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def _cpuinfo() -> list[str]:
+def _cpu() -> str:
+    """Name, family and model: clouds name several generations alike."""
     try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return []
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    number = "".join(f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+    return fields.get("model name", platform.processor()) + number

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.controller.test_controller import COSTS
-from vllm_flying.controller.response import Load, response_s
+from vllm_flying.controller.response import Load, response, response_s
 
 
 @given(
@@ -22,6 +22,13 @@ def test_a_response_takes_longer_with_more_to_do_and_never_less_than_alone(
     assert takes >= response_s(COSTS[1], 2 * groups, load, slots) - 1e-9
     assert takes <= response_s(COSTS[1], groups, Load(2 * unfinished, queued, rate, prompt, output), slots) + 1e-9
     assert takes <= response_s(COSTS[1], groups, Load(unfinished, queued, 2 * rate, prompt, output), slots) + 1e-9
+
+
+def test_a_first_token_takes_its_own_step_and_half_of_the_one_in_flight() -> None:
+    curve = COSTS[1]
+    alone = response(curve, 1, Load(1, 0, 0.0, 64, 24), 256)
+    assert abs(alone.ttft_s - 1.5 * curve.of(0, 1) - 64 * curve.prompt_token_s) < 1e-9
+    assert abs(alone.total_s - alone.ttft_s - 23 * alone.tpot_s) < 1e-9, "the other 23 tokens"
 
 
 def test_with_a_rising_rate_two_groups_overtake_one() -> None:

@@ -3,8 +3,9 @@
 May import torch and vllm. vLLM packs most weights for oneDNN, in a form that only oneDNN can read, and some for kernels of
 its own, where block follows block: a range of rows is a slice of that, and the kernels write where they are told. The
 whole weight is then one multiplication, and a share of a fused one (query/key/value, gate/up) one per part, with nothing
-to be put together afterwards. Up to four rows of input these kernels take a fifth to a half less time than oneDNN without
-AMX, from eight on about as much, for weights of the sizes that `suits` names; `docs/benchmarks.md` has the figures.
+to be put together afterwards. Which packing is quicker depends on the CPU: up to four rows of input these kernels take a tenth
+to a third less time than oneDNN without AMX, from sixteen on as much on one CPU and a tenth to a fifth more on a newer one.
+So they are the operator's choice (`packing`); `docs/benchmarks.md` has the figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights in blocks (bfloat16 on a CPU with AVX512-BF16), compiled as vLLM does by default: alone, merged, against transformers."""
+"""Weights in either packing (bfloat16 on a CPU with AVX512-BF16), compiled as vLLM does by default: alone, merged, against transformers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from tests.support.transformers_reference import transformers_nll
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), reason="no blocks here"),
+    pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 is emulated here: minutes"),
     pytest.mark.skipif(which("g++") is None, reason="Inductor needs a compiler"),
 ]
+NO_BLOCKS = pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM's own choice stands with AMX")
 
 
-def test_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["stock", pytest.param("blocks", marks=NO_BLOCKS)])
+def test_compiled_weights(packing: str, tmp_path: Path) -> None:
     """In bfloat16 the NLL of this model is off by 0.03 per token, alone and merged; of what is multiplied wrongly by more than 1."""
     model = make_checkpoint("llama", tmp_path, initializer_range=0.1)
     prompts = random_prompts(37, (45, 700))
     arguments = ("--dtype", "bfloat16", "--no-enforce-eager", "--max-model-len", "1024", "--api-server-count", "1")
-    with Server(model, tmp_path / "log", *arguments) as server:
-        assert "9 of 9 layers in blocks" in (tmp_path / "log").read_text()
+    with Server(model, tmp_path / "log", *arguments, settings={"packing": packing}) as server:
+        in_blocks = "9 of 9 layers in blocks" in (tmp_path / "log").read_text()
+        assert in_blocks == (packing == "blocks")
         for layout in ([[0], [1]], [[0, 1]]):
             server.switch(layout)
             for prompt in prompts:
