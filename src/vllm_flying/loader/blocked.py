@@ -4,7 +4,7 @@ May import torch and vllm. vLLM packs most weights for oneDNN, in a form that on
 its own, where block follows block: a range of rows is a slice of that, and the kernels write where they are told. The
 whole weight is then one multiplication, and a share of a fused one (query/key/value, gate/up) one per part, with nothing
 to be put together afterwards. Which packing is quicker depends on the CPU: up to four rows of input these kernels take a tenth
-to a third less time than oneDNN without AMX, from sixteen on as much on one CPU and a tenth to a fifth more on a newer one.
+to two fifths less time than oneDNN without AMX, from sixteen on as much on one CPU and a tenth to a fifth more on a newer one.
 So they are the operator's choice (`packing`); `docs/benchmarks.md` has the figures.
 """
 
