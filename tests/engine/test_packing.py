@@ -28,9 +28,13 @@ def test_compiled_weights(packing: str, tmp_path: Path) -> None:
     model = make_checkpoint("llama", tmp_path, initializer_range=0.1)
     prompts = random_prompts(37, (45, 700))
     arguments = ("--dtype", "bfloat16", "--no-enforce-eager", "--max-model-len", "1024", "--api-server-count", "1")
-    with Server(model, tmp_path / "log", *arguments, settings={"packing": packing}) as server:
-        in_blocks = "9 of 9 layers in blocks" in (tmp_path / "log").read_text()
-        assert in_blocks == (packing == "blocks")
+    # What another run compiled tells nothing about the pass.
+    environment = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    with Server(model, tmp_path / "log", *arguments, settings={"packing": packing}, environment=environment) as server:
+        log = (tmp_path / "log").read_text()
+        assert ("9 of 9 layers in blocks" in log) == (packing == "blocks")
+        # Gate and up of two tiles, in two layers; blocks put nothing together.
+        assert ("2 concatenations went away" in log) == (packing == "stock")
         for layout in ([[0], [1]], [[0, 1]]):
             server.switch(layout)
             for prompt in prompts:

@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embed
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_flying.compilation.concatenation import use_pass
 from vllm_flying.core.topology import available_widths
 from vllm_flying.loader.binding import bind_model
 from vllm_flying.loader.cutting import check_supported, cut_model
@@ -63,6 +64,7 @@ class FlyingModelLoader(BaseModelLoader):
         self._settings = settings_from_vllm_config(vllm_config)
         widths = available_widths(self._settings.num_engines, self._settings.widths)
         self._num_tiles = max(widths, default=1)
+        use_pass(vllm_config)
         return super().load_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -101,6 +103,7 @@ class ViewModelLoader(BaseModelLoader):
         settings = settings_from_vllm_config(vllm_config)
         width = degree // settings.engine_tp
         position = get_tensor_model_parallel_rank() % width
+        use_pass(vllm_config)
         with set_default_torch_dtype(model_config.dtype), torch.device("meta"):
             model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         bind_model(model, resident, width, position)

@@ -121,6 +121,12 @@ REPLACED = [
         "`loader/cutting`, `loader/binding`: layers of other kinds or with quantised weights are refused by name",
         "tests/engine/test_families.py",
     ),
+    ReplacedSymbol(
+        "vllm.config.compilation", "CompilationConfig.inductor_compile_config",
+        "at start: a pass of ours under `post_grad_custom_post_pass`, vLLM's own place for passes",
+        "`compilation/concatenation`: a pass that the user put there stays instead",
+        "tests/engine/test_packing.py",
+    ),
 ]
 """What is set on vLLM's own modules and objects, beside wraps."""
 
@@ -155,10 +161,12 @@ USED = [
             "CacheConfig.hash_block_size", "CacheConfig.cache_hit_alignment_tokens", "CacheConfig.kv_cache_layout",
             "CacheConfig.prefix_caching_hash_algo"),
     *_group("vllm.config.compilation", "configs per layout", "CompilationConfig.static_forward_context",
-            "CompilationConfig.compile_ranges_endpoints"),
+            "CompilationConfig.compile_ranges_endpoints", "CompilationConfig.inductor_compile_config"),
+    Symbol("vllm.compilation.passes.inductor_pass", "InductorPass", "a pass over compiled graphs"),
+    Symbol("vllm.compilation.passes.inductor_pass", "InductorPass.hash_source", "key of compiled graphs"),
     Symbol("vllm.config.kv_events", "KVEventsConfig.enable_kv_cache_events", "refused at start"),
     *_group("vllm.config.load", "load formats", "LoadConfig", "LoadConfig.load_format"),
-    *_group("vllm.platforms.interface", "CPU or GPU", "Platform.is_cpu", "Platform.dist_backend", "Platform.device_name"),
+    *_group("vllm.platforms.interface", "CPU or GPU", "Platform.is_cpu", "Platform.pass_key", "Platform.dist_backend", "Platform.device_name"),
     Symbol("vllm", "envs", "API key"),
     Symbol("vllm.envs", "VLLM_API_KEY", "API key"),
     Symbol("vllm.logger", "init_logger", "logging under vllm.", ("name",)),

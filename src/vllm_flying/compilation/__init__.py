@@ -1,0 +1,1 @@
+"""What this plugin adds to vLLM's compilation: passes over compiled graphs."""
