@@ -29,7 +29,7 @@ def test_compiled_weights(packing: str, tmp_path: Path) -> None:
     prompts = random_prompts(37, (45, 700))
     arguments = ("--dtype", "bfloat16", "--no-enforce-eager", "--max-model-len", "1024", "--api-server-count", "1")
     # What another run compiled tells nothing about the pass.
-    environment = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    environment = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     with Server(model, tmp_path / "log", *arguments, settings={"packing": packing}, environment=environment) as server:
         log = (tmp_path / "log").read_text()
         assert ("9 of 9 layers in blocks" in log) == (packing == "blocks")
