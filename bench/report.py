@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+from bench.allocator import allocator
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -37,7 +39,7 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions,
-            "stolen_s": round(stolen_seconds() - STOLEN_BEFORE, 1), "client_cpu_s": round(time.process_time(), 1)}  # fmt: skip
+            "allocator": allocator(), "stolen_s": round(stolen_seconds() - STOLEN_BEFORE, 1), "client_cpu_s": round(time.process_time(), 1)}  # fmt: skip
 
 
 def write(name: str, data: dict[str, Any], table: str) -> Path:

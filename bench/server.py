@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.allocator import preload
 from tests.support.server import Server
 
 STOCK: dict[str, dict[str, Any]] = {"DP": {"flying": False}, "TP": {"flying": False, "engines": 1, "tensor_parallel": 2}}
@@ -43,5 +44,6 @@ def bench_server(
     return Server(
         model, log, "--dtype", "bfloat16", "--max-model-len", "2048",
         "--tensor-parallel-size", str(tensor_parallel), *api_servers, *arguments,
-        engines=engines, flying=flying, settings=settings, environment=environment, kv_bytes=kv_mib << 20, workers_per_engine=tensor_parallel,
+        engines=engines, flying=flying, settings=settings, environment=preload() | (environment or {}),
+        kv_bytes=kv_mib << 20, workers_per_engine=tensor_parallel,
     )  # fmt: skip
