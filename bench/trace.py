@@ -3,7 +3,8 @@
 All servers are up at once and take turns, so that what the machine does to one it does to all; an idle server costs
 about nothing. Each turn has arrivals of its own, the same for every server, sent by `vllm bench serve`. Ratios are those of
 a turn, and of these the median: where the machine wanders, more and shorter turns say more than a few long ones, and
-`--burst-share` scales every burst to the machine as it is then.
+`--burst-share` scales every burst to the machine as it is then. One start of a server differs from the next, too:
+`--restart` starts all of them anew for every turn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -35,52 +36,70 @@ SATURATED = 64
 """Requests in flight that a pair serves about as many tokens per second with as it ever does."""
 
 
+class _Run:
+    """What was measured so far, and the turns that measure it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.model = model_of(arguments)
+        # Rounded up: hash ids then cover every prompt, which the client would cut short otherwise.
+        self.chunk_tokens = math.ceil(arguments.timed_trace_chunk_hash_size * arguments.length_scale)
+        self.recorded = read(arguments.trace, arguments.timed_trace_sec_multiplier) if arguments.trace else []
+        self.results: dict[str, list[Replay]] = {name: [] for name in arguments.only}
+        self.decisions: list[str] = []
+        self.step_costs: dict[str, Any] = {}
+        self.rates: list[float] = []
+
+    def take(self, turns: Iterable[int], done: Callable[[str], None]) -> None:
+        """Start all servers, let them take these turns, stop them."""
+        with ExitStack() as stack:
+            up: dict[str, Server] = {}
+            for name in self.arguments.only:
+                options: dict[str, Any] = SERVERS[name] | {"kv_mib": self.arguments.kv_mib}
+                flags = [*server_flags(self.arguments), *_mix_flags(self.arguments, name)]
+                up[name] = stack.enter_context(bench_server(self.model, *flags, **options))
+                done(f"{name}: up after {up[name].start_seconds:.0f} s")
+            for turn in turns:
+                self._take_turn(turn, up, done)
+            if "auto" in up:
+                self.decisions += up["auto"].client.get("/plugins/flying/decisions").json()["sentences"]
+                self.step_costs = up["auto"].status()["step_costs"]
+
+    def _take_turn(self, turn: int, up: dict[str, Server], done: Callable[[str], None]) -> None:
+        arguments, title = self.arguments, f"turn {turn + 1} of {self.arguments.turns}"
+        if arguments.burst_share:
+            arguments.burst = (_burst_rate(arguments, up["TP"], turn), *arguments.burst[1:])
+            self.rates.append(arguments.burst[0])
+            done(f"{title}: {self.rates[-1]:.1f}/s in the burst")
+        arrivals = _arrivals(arguments, self.recorded, turn)
+        for name in arguments.only[turn % len(up) :] + arguments.only[: turn % len(up)]:
+            watch, seed = name == "auto", arguments.seed + turn
+            self.results[name].append(asyncio.run(replay(up[name], arrivals, self.chunk_tokens, watch, seed)))
+            done(f"{title}, {name}: {line(self.results[name][-1])}")
+
+
 def main() -> None:
     arguments = _options()
-    model = model_of(arguments)
-    # Rounded up: hash ids then cover every prompt, which the client would cut short otherwise.
-    chunk_tokens = math.ceil(arguments.timed_trace_chunk_hash_size * arguments.length_scale)
-    recorded = read(arguments.trace, arguments.timed_trace_sec_multiplier) if arguments.trace else []
-    results: dict[str, list[Replay]] = {name: [] for name in arguments.only}
-    records: list[str] = []
-    step_costs: dict[str, Any] = {}
-    rates: list[float] = []
-    parts = len(arguments.only) * (1 + arguments.turns) + (arguments.turns if arguments.burst_share else 0)
-    with ExitStack() as stack:
-        done = stack.enter_context(progress(parts))
-        up: dict[str, Server] = {}
-        for name in arguments.only:
-            options: dict[str, Any] = SERVERS[name] | {"kv_mib": arguments.kv_mib}
-            server = bench_server(model, *server_flags(arguments), *_mix_flags(arguments, name), **options)
-            up[name] = stack.enter_context(server)
-            done(f"{name}: up after {server.start_seconds:.0f} s")
-        for turn in range(arguments.turns):
-            if arguments.burst_share:
-                arguments.burst = (_burst_rate(arguments, up["TP"], turn), *arguments.burst[1:])
-                rates.append(arguments.burst[0])
-                done(f"turn {turn + 1} of {arguments.turns}: {rates[-1]:.1f}/s in the burst")
-            arrivals = _arrivals(arguments, recorded, turn)
-            order = arguments.only[turn % len(up) :] + arguments.only[: turn % len(up)]
-            for name in order:
-                watch, seed = name == "auto", arguments.seed + turn
-                results[name].append(asyncio.run(replay(up[name], arrivals, chunk_tokens, watch, seed)))
-                done(f"turn {turn + 1} of {arguments.turns}, {name}: {line(results[name][-1])}")
-        if "auto" in up:
-            records = up["auto"].client.get("/plugins/flying/decisions").json()["sentences"]
-            step_costs = up["auto"].status()["step_costs"]
-            print("\n".join(records[-20:]), step_costs, sep="\n", flush=True)
+    run = _Run(arguments)
+    turns = range(arguments.turns)
+    starts = [[turn] for turn in turns] if arguments.restart else [turns]
+    parts = len(arguments.only) * (len(starts) + len(turns)) + (len(turns) if arguments.burst_share else 0)
+    with progress(parts) as done:
+        for of_one_start in starts:
+            run.take(of_one_start, done)
+    print("\n".join(run.decisions[-20:]), run.step_costs, sep="\n", flush=True)
     data = {
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
-        "requests": {name: [_requests(turn) for turn in turns] for name, turns in results.items()},
-        "layouts": [turn.layouts for turn in results.get("auto", ())],
-        "burst_rates": rates,
-        "stolen_s": {name: [turn.stolen_s for turn in turns] for name, turns in results.items()},
-        "decisions": records,
-        "step_costs": step_costs,
+        "requests": {name: [_requests(turn) for turn in turns] for name, turns in run.results.items()},
+        "layouts": [turn.layouts for turn in run.results.get("auto", ())],
+        "burst_rates": run.rates,
+        "stolen_s": {name: [turn.stolen_s for turn in turns] for name, turns in run.results.items()},
+        "decisions": run.decisions,
+        "step_costs": run.step_costs,
     }
-    comparison = compare(results, Objectives(*arguments.objectives))
-    folder = write("trace", data, f"{table(comparison)}\n\n{targets(comparison)}\n\n{_stolen(results)}")
-    plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in results.items()})
+    comparison = compare(run.results, Objectives(*arguments.objectives))
+    folder = write("trace", data, f"{table(comparison)}\n\n{targets(comparison)}\n\n{_stolen(run.results)}")
+    plot_timeline(folder / "timeline.png", {name: turns[0] for name, turns in run.results.items()})
 
 
 def _options() -> argparse.Namespace:
@@ -112,6 +131,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", choices=("DP", "TP", "auto"), nargs="+", default=["DP", "TP", "auto"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3, help="of every server")
+    restart = "start the servers anew for every turn: one start of a server differs from the next by up to a tenth"
+    parser.add_argument("--restart", action="store_true", help=restart)
     arguments = parser.parse_args()
     if arguments.burst_share and "TP" not in arguments.only:
         parser.error(f"--burst-share is of what static TP serves; --only {' '.join(arguments.only)} leaves it out")
