@@ -104,6 +104,18 @@ def test_what_is_needed_whole_stays() -> None:
         assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)) > 3
 
 
+def test_a_concatenation_of_concatenations() -> None:
+    """The outer one goes; the inner ones are its parts and stay, also those that are put together on the way."""
+
+    def function(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+        inner = torch.cat([first, second], dim=-1)
+        outer = torch.cat([inner, torch.sigmoid(torch.cat([second, first], dim=-1))], dim=-1)
+        return [torch.nn.functional.silu(outer[:, :32]), outer[:, 32:]]
+
+    graph, before = _rewritten(function, *_tiles())
+    assert (before, _cats(graph)) == (3, 2)
+
+
 _KINDS = st.sampled_from(["cat", "slice", "split", "silu", "scale", "add", "column", "heads"])
 _STEPS = st.lists(st.tuples(_KINDS, st.integers(0, 99)), max_size=12)
 

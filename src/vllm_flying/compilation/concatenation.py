@@ -92,7 +92,7 @@ def _keep_whole_what_is_needed_so(sizes: dict[Node, _Sizes]) -> None:
             needed_whole = (
                 not _is_pointwise(node)
                 and (_is_cat(node) or len(sizes[node]) > 1)
-                and any(user not in sizes for user in node.users)
+                and any(_takes_it_whole(user, sizes) for user in node.users)
             )
             sources = () if _is_cat(node) else [arg for arg in node.all_input_nodes if _width(arg) != 1]
             if needed_whole or any(source not in sizes for source in sources):
@@ -119,7 +119,7 @@ def _make_parts(graph: Graph, node: Node, sizes: dict[Node, _Sizes], parts: dict
 
 def _hand_out(graph: Graph, node: Node, sizes: dict[Node, _Sizes], parts: list[Node]) -> None:
     """Give those who aren't in parts themselves the only part, or the parts put together."""
-    outside = [user for user in node.users if user not in sizes]
+    outside = [user for user in node.users if _takes_it_whole(user, sizes)]
     if not outside:
         return
     whole = parts[0]
@@ -130,6 +130,11 @@ def _hand_out(graph: Graph, node: Node, sizes: dict[Node, _Sizes], parts: list[N
         user.replace_input_with(node, whole)
         # How custom ops' inputs lay in memory before: a part is dense where a slice was not.
         user.meta.pop("eager_input_vals", None)
+
+
+def _takes_it_whole(user: Node, sizes: dict[Node, _Sizes]) -> bool:
+    """A concatenation has as parts what it is made of, whatever that is made of itself."""
+    return user not in sizes or _is_cat(user)
 
 
 def _split_by_slices(graph: Graph, split: Node) -> None:
