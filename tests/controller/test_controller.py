@@ -142,6 +142,21 @@ def test_policies_are_found_by_name() -> None:
         policy_by_name("fastest")
 
 
+def test_one_long_answer_is_not_what_is_usual() -> None:
+    """Lengths are averaged over requests, however few of them come between two looks."""
+    rates = RateTracker()
+    for number in range(60):
+        finished = Totals(requests_finished=number, output_tokens_finished=20 * number)
+        rates.update(float(number), finished)
+    assert 20.0 <= rates.mean_output_tokens < 24.0
+    longer = Totals(requests_finished=60, output_tokens_finished=20 * 59 + 400)
+    rates.update(60.0, longer)
+    assert rates.mean_output_tokens < 36.0
+    others = Totals(requests_finished=124, output_tokens_finished=longer.output_tokens_finished + 64 * 100)
+    rates.update(61.0, others)
+    assert rates.mean_output_tokens > 95.0, "other requests in numbers show at once"
+
+
 def test_rates_follow_counters() -> None:
     rates = RateTracker()
     burst = Totals(requests_added=10, prompt_tokens_added=5000)

@@ -20,6 +20,10 @@ from vllm_flying.core.topology import Group, Layout
 MEMORY_S = 2.0
 # And over which it is taken beside that, to tell where it is going.
 LONG_MEMORY_S = 16.0
+# Requests over which their lengths are averaged: few look alike, and by fewer of them one long answer is what is usual.
+LENGTHS_MEMORY = 32
+# What is assumed at first counts as so many.
+ASSUMED = 3
 # Standard deviations of the rate, if arrivals came by chance as often as before, beyond which they are a burst's begin.
 BEYOND_CHANCE = 3.0
 # Requests per second: a rate that is below counts as this, so that one request after a long while is no burst.
@@ -133,6 +137,8 @@ class RateTracker:
     mean_prompt_tokens: float = 128.0
     mean_output_tokens: float = 64.0
     _long_rate: float = 0.0
+    _added: int = 0
+    _finished: int = 0
 
     @property
     def arrival_trend(self) -> float:
@@ -149,13 +155,20 @@ class RateTracker:
             self._long_rate += _fresh(elapsed, LONG_MEMORY_S) * (added / elapsed - self._long_rate)
             if added:
                 mean = max(0, new.prompt_tokens_added) / added
-                self.mean_prompt_tokens += 0.3 * (mean - self.mean_prompt_tokens)
+                self._added += added
+                self.mean_prompt_tokens += _share(added, self._added) * (mean - self.mean_prompt_tokens)
             if finished:
                 mean = max(0, new.output_tokens_finished) / finished
-                self.mean_output_tokens += 0.3 * (mean - self.mean_output_tokens)
+                self._finished += finished
+                self.mean_output_tokens += _share(finished, self._finished) * (mean - self.mean_output_tokens)
         self._last, self._time = totals, now
 
 
 def _fresh(elapsed: float, memory_s: float) -> float:
     """The share of an average over `memory_s` that is from the last `elapsed` seconds."""
     return 1.0 - math.exp(-elapsed / memory_s)
+
+
+def _share(new: int, seen: int) -> float:
+    """The share of an average over the last `LENGTHS_MEMORY` requests that the `new` ones of all `seen` have."""
+    return min(1.0, new / min(seen + ASSUMED, LENGTHS_MEMORY))
