@@ -10,7 +10,6 @@ vLLM runs the pass after its own ones, on functional graphs.
 
 from __future__ import annotations
 
-import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,9 @@ def _in_parts(graph: Graph) -> dict[Node, _Sizes]:
     for node in graph.nodes:
         found: _Sizes | None = None
         if _is_cat(node):
-            found = tuple(_width(part) for part in node.args[0])
+            widths = tuple(width for part in node.args[0] if (width := _width(part)) is not None)
+            if len(widths) == len(node.args[0]) and all(_dtype(part) == _dtype(node) for part in node.args[0]):
+                found = widths
         elif _is_slice(node) and node.args[0] in sizes:
             which = _parts_within(sizes[node.args[0]], *node.args[2:4])
             found = None if which is None else sizes[node.args[0]][which]
@@ -78,7 +79,7 @@ def _in_parts(graph: Graph) -> dict[Node, _Sizes]:
             whole = [arg for arg in node.all_input_nodes if _width(arg) != 1]
             common = {sizes.get(arg) for arg in whole}
             found = common.pop() if len(common) == 1 and all(_width(arg) == _width(node) for arg in whole) else None
-        if found and all(isinstance(size, int) for size in found):
+        if found:
             sizes[node] = found
     return sizes
 
@@ -162,7 +163,10 @@ def _call(graph: Graph, instead_of: Node, target: Any, args: Any, kwargs: Any) -
 def _parts_within(sizes: _Sizes, start: Any = None, stop: Any = None) -> slice | None:
     """Which parts lie between `start` and `stop`; None if a part lies there in part only, or none."""
     ends = [0, *accumulate(sizes)]
-    start, stop = start or 0, min(sys.maxsize if stop is None else stop, ends[-1])
+    start, stop = 0 if start is None else start, ends[-1] if stop is None else stop
+    if not isinstance(start, int) or not isinstance(stop, int):  # a bound that depends on another size
+        return None
+    stop = min(stop, ends[-1])
     if start not in ends or stop not in ends or start >= stop:
         return None
     return slice(ends.index(start), ends.index(stop))
@@ -190,7 +194,13 @@ def _is_last(node: Node, dimension: int = 0) -> bool:
     return dimension in (-1, dimensions - 1)
 
 
-def _width(node: Any) -> Any:
-    """Size along the last dimension; 1 for what has none."""
+def _width(node: Node) -> int | None:
+    """Size along the last dimension; 1 for what has none, None if it isn't the same in every call."""
     value = node.meta.get("val")
-    return value.shape[-1] if isinstance(value, torch.Tensor) and value.ndim else 1
+    size = value.shape[-1] if isinstance(value, torch.Tensor) and value.ndim else 1
+    return size if isinstance(size, int) else None
+
+
+def _dtype(node: Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
