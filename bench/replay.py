@@ -37,7 +37,7 @@ class Replay:
     requests: list[tuple[Arrival, ServedRequest]]
     layouts: list[tuple[float, Layout]]
     queue_time: float
-    stolen_s: float = 0.0
+    stolen_s: float
 
 
 async def replay(server: Server, arrivals: Sequence[Arrival], chunk_tokens: int, watch: bool, seed: int) -> Replay:

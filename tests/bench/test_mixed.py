@@ -30,8 +30,8 @@ def test_shares_are_about_as_asked_and_the_rest_is_left_alone() -> None:
 def test_failed_requests_are_counted_and_are_in_no_other_figure() -> None:
     arrivals = mixed(poisson([Phase("quiet", 50.0, 2.0, 64, 32)], seed=1), 0.0, 0.2, (1500, 16), seed=1)
     good, refused = ServedRequest(1.0, 0.2, [0.1], 2), ServedRequest(1.0, 0.0, [], 0, error="Bad Request")
-    static = Replay(0.0, [(a, refused if a.phase == "long" else good) for a in arrivals], [], 0.0)
-    flying = Replay(0.0, [(a, good) for a in arrivals], [], 0.0)
+    static = Replay(0.0, [(a, refused if a.phase == "long" else good) for a in arrivals], [], 0.0, 0.0)
+    flying = Replay(0.0, [(a, good) for a in arrivals], [], 0.0, 0.0)
     long = figures(static, "long", OBJECTIVES)
     assert long["failed"] > 0 and math.isnan(long["mean ttft ms"]) and long["tokens/s"] == long["goodput/s"] == 0
     whole = figures(static, "all", OBJECTIVES)

@@ -22,7 +22,7 @@ def replayed(quiet: float, burst: float, pace: float) -> Replay:
         seconds = pace * (quiet if phase == "quiet" else burst)
         return ServedRequest(time, seconds, [seconds / 10] * 2, 3)
 
-    return Replay(0.0, [(arrival, served(arrival.time, arrival.phase)) for arrival in ARRIVALS], [], 0.0)
+    return Replay(0.0, [(arrival, served(arrival.time, arrival.phase)) for arrival in ARRIVALS], [], 0.0, 0.0)
 
 
 def rows(auto_quiet: float, auto_burst: float) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from vllm_flying.patches.apply import Patch
 from vllm_flying.patches.supported import NotSupportedError, check_arguments, check_config
 from vllm_flying.seams.runtime_check import check_installed
 from vllm_flying.settings import Settings
+from vllm_flying.worker.batch_limits import LIMITS
 
 logger = init_logger("vllm.flying")
 
@@ -74,6 +75,8 @@ def _prepare(arguments: Any) -> bool:
         given["load_format"] = str(arguments.load_format)
     given["num_engines"] = arguments.data_parallel_size
     given["engine_tp"] = arguments.tensor_parallel_size
+    for limit in LIMITS:  # asked again, the arguments have vLLM's defaults for them
+        given.setdefault(f"{limit}_given", getattr(arguments, limit) is not None)
     Settings.from_mapping(given)  # refuses widths that this number of engines can't have
     arguments.additional_config = {**(arguments.additional_config or {}), "flying": given}
     for name, value in FLAGS.items():

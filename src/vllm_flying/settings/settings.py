@@ -141,6 +141,12 @@ class Settings:
     engine_tp: int = 1
     """Workers per engine: the value of vLLM's `--tensor-parallel-size`. Set by the plugin; leave it out."""
 
+    max_num_batched_tokens_given: bool = False
+    """Whether vLLM's `--max-num-batched-tokens` was given. Set by the plugin; leave it out."""
+
+    max_num_seqs_given: bool = False
+    """Whether vLLM's `--max-num-seqs` was given. Set by the plugin; leave it out."""
+
     def __post_init__(self) -> None:
         _check_choice("weights", self.weights, WEIGHTS)
         _check_choice("packing", self.packing, PACKING)

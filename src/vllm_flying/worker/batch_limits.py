@@ -9,12 +9,20 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_flying.settings import settings_from_vllm_config
+
+LIMITS = ("max_num_batched_tokens", "max_num_seqs")
+"""Of a step, as vLLM's arguments and its scheduler's config call them."""
+
 
 def take_default_limits(wide: VllmConfig, engine: VllmConfig) -> None:
-    """Give a group's config vLLM's defaults for its world size where the engine has those for its own; what was set stays."""
+    """Give a group's config vLLM's defaults for its world size where the engine has those for its own; what was given stays."""
+    settings = settings_from_vllm_config(engine)
     engine_defaults = EngineArgs.get_batch_defaults(engine.parallel_config.world_size)
     wide_defaults = EngineArgs.get_batch_defaults(wide.parallel_config.world_size)
-    for name, of_engine, of_group in zip(("max_num_batched_tokens", "max_num_seqs"), engine_defaults, wide_defaults):
+    for name, of_engine, of_group in zip(LIMITS, engine_defaults, wide_defaults):
+        if getattr(settings, f"{name}_given"):
+            continue
         limit = getattr(engine.scheduler_config, name)
         context = next((context for context, default in of_engine.items() if default == limit), None)
         if context is not None:
