@@ -26,7 +26,7 @@ def looks(rates: list[tuple[float, float]], seed: int) -> list[tuple[float, floa
                 added += 1
                 gap += source.expovariate(rate)
             tracker.update(time, replace(Totals(), requests_added=added))
-            now = replace(blank, arrival_rate=tracker.arrival_rate, arrival_trend=tracker.arrival_trend)
+            now = replace(blank, arrival_rate=tracker.arrival_rate, arrival_trend=tracker.arrival_trend, rate_since_onset=tracker.rate_since_onset)
             seen.append((time, now.arrival_rate, now.expected_rate))
     return seen
 
@@ -49,4 +49,11 @@ def test_fewer_arrivals_are_no_trend_to_go_by() -> None:
 
 def test_a_decision_says_which_rate_it_reckons_with() -> None:
     reasons = {round(each.time, 1): plan.reason for each in sequence("load") if (plan := load(each))}
-    assert "1.4/s arriving, 2.6 expected " in reasons[8.5] and "/s arriving one takes" in reasons[22.5]
+    assert "1.6/s arriving, 1.7 expected " in reasons[9.0] and "/s arriving one takes" in reasons[22.5]
+
+
+def test_what_is_expected_does_not_run_beyond_what_comes() -> None:
+    """A trend added to the rate came to 1.6 times what really came, by which any layout is overloaded."""
+    for seed in range(5):
+        expected = [rate for time, _, rate in looks([(60, 1.0), (20, 10.0)], seed) if time > 62.0]
+        assert max(expected) < 1.8 * 10.0 and sum(expected) / len(expected) < 1.2 * 10.0

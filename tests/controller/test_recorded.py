@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.support.recording import FIXTURES, Recorded, observations
+from tests.support.recording import FIXTURES, Recorded, Run, observations, record, runs
 from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.observation import Observation
 from vllm_flying.controller.policies import BUILT_IN, manual
@@ -34,9 +34,9 @@ APART, MERGED = [[0], [1]], [[0, 1]]
 FOUR_APART = [[0], [1], [2], [3]]
 EXPECTED = {
     # Quiet, a burst from 8 s to 20 s, quiet.
-    "load": [(2.0, MERGED, "load"), (9.0, APART, "load"), (27.5, MERGED, "load")],
+    "load": [(2.0, MERGED, "load"), (10.5, APART, "load"), (26.0, MERGED, "load")],
     # The same; in the burst, at 14 s, a request asks for a group of two.
-    "auto": [(2.0, MERGED, "load"), (9.0, APART, "load"), (14.5, MERGED, "long_context")],
+    "auto": [(2.0, MERGED, "load"), (10.5, APART, "load"), (14.5, MERGED, "long_context")],
     # At 6 s a request comes that one engine can't hold.
     "long_context": [(6.5, [[0, 1], [2, 3]], "long_context"), (10.0, FOUR_APART, "long_context")],
     # At 5 s an urgent one.
@@ -66,3 +66,9 @@ def test_what_is_recorded_again_is_the_same(policy: str) -> None:
     for look in sequence(policy):
         recorded(look)
     assert file.getvalue() == (FIXTURES / f"{policy}.jsonl").read_text()
+
+
+@pytest.mark.parametrize("run", runs(), ids=lambda run: run.policy)
+def test_the_records_are_what_the_recorder_makes(run: Run) -> None:
+    text, _ = record(run)
+    assert text == (FIXTURES / f"{run.policy}.jsonl").read_text(), "`python -m tests.support.recording` makes them anew"

@@ -6,6 +6,7 @@ Pure. `Recorded` is a policy, so it records wherever a controller runs: offered 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 from tests.support.simulation import SimulatedServer, poisson
 from vllm_flying.controller.controller import Controller
 from vllm_flying.controller.cost_curve import CostCurve
+from vllm_flying.controller.lookout import Lookout
 from vllm_flying.controller.observation import GroupObservation, Observation, Totals
 from vllm_flying.controller.plan import Plan
 from vllm_flying.controller.policies import BUILT_IN, Policy
@@ -106,16 +108,30 @@ def runs() -> list[Run]:
     ]
 
 
+class _Always(Lookout):
+    """Every look is shown, also those that a server has no reason for."""
+
+    def is_due(self, now: float, requests: int) -> bool:
+        return True
+
+
+def record(run: Run) -> tuple[str, SimulatedServer]:
+    """What the controller saw, as JSON lines, and the server that it saw."""
+    file = io.StringIO()
+    began = datetime.fromisoformat("2030-01-07T18:59:52")
+    server = SimulatedServer(
+        run.costs, Layout.separate(max(run.costs)), Controller(Recorded(BUILT_IN[run.policy], file)), interval_s=0.5, began=began,
+        schedule=run.schedule, lookout=_Always(),
+    )  # fmt: skip
+    server.run(run.arrivals, run.wanted_widths)
+    return file.getvalue(), server
+
+
 def main() -> None:
     """Run them and keep what the controller saw."""
     for run in runs():
-        with (FIXTURES / f"{run.policy}.jsonl").open("w") as file:
-            controller = Controller(Recorded(BUILT_IN[run.policy], file))
-            began = datetime.fromisoformat("2030-01-07T18:59:52")
-            server = SimulatedServer(
-                run.costs, Layout.separate(max(run.costs)), controller, interval_s=0.5, began=began, schedule=run.schedule
-            )
-            server.run(run.arrivals, run.wanted_widths)
+        text, server = record(run)
+        (FIXTURES / f"{run.policy}.jsonl").write_text(text)
         print(run.policy, [(round(time, 1), layout.to_lists()) for time, layout in server.switches])
 
 

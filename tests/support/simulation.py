@@ -84,6 +84,7 @@ class SimulatedServer:
         began: datetime | None = None,
         schedule: Schedule | None = None,
         pace: Callable[[float, int], float] = lambda now, width: 1.0,
+        lookout: Lookout | None = None,
     ) -> None:
         self.layout = layout
         self.switches: list[tuple[float, Layout]] = []
@@ -109,7 +110,7 @@ class SimulatedServer:
         self._counters = dict.fromkeys(
             ("requests_added", "prompt_tokens_added", "requests_finished", "output_tokens_finished"), 0
         )
-        self._rates, self._lookout = RateTracker(), Lookout()
+        self._rates, self._lookout = RateTracker(), lookout or Lookout()
         self._began, self._schedule = began, schedule
 
     def run(

@@ -238,5 +238,10 @@ def estimates(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, CostCurve]:
         return curves
     per_step = sum(max(0.0, curves[width].step_s - probed[width].step_s) for width in known) / len(known)
     per_decode = sum(max(0.0, curves[width].decode_s[0] - probed[width].decode_s[0]) for width in known) / len(known)
-    unknown = {width: probe.plus(per_step, per_decode) for width, probe in probed.items() if width not in known}
+    times_decode = sum(curves[width].decode_s[0] / probed[width].decode_s[0] for width in known) / len(known)
+    unknown = {}
+    for width, probe in probed.items():
+        if width not in known:
+            beyond = min(per_decode, max(0.0, times_decode - 1.0) * probe.decode_s[0])
+            unknown[width] = probe.plus(per_step, beyond)
     return curves | unknown

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
 from vllm_flying.controller.cost_curve import CostCurve
+from vllm_flying.controller.onset import Onset
 from vllm_flying.controller.response import NO_TARGETS, Load, Targets
 from vllm_flying.controller.schedule import Schedule
 from vllm_flying.core.topology import Group, Layout
@@ -26,6 +27,9 @@ LENGTHS_MEMORY = 32
 ASSUMED = 3
 # Standard deviations of the rate, if arrivals came by chance as often as before, beyond which they are a burst's begin.
 BEYOND_CHANCE = 3.0
+# A trend is followed up to so many times what comes since the burst began. It costs more to be in a layout that can't keep up
+# than in one that could do with less, and what is expected too much makes any layout look overloaded.
+MOST_EXPECTED = 1.35
 # Requests per second: a rate that is below counts as this, so that one request after a long while is no burst.
 RAREST = 0.05
 
@@ -89,6 +93,8 @@ class Observation:
     """Requests per second."""
     arrival_trend: float = 0.0
     """How much more that is than over a longer time; below zero where fewer come than before."""
+    rate_since_onset: float = 0.0
+    """Requests per second since a burst, if this is one, most likely began; 0 once fewer come: see `controller.onset`."""
     mean_prompt_tokens: float = 128.0
     mean_output_tokens: float = 64.0
     targets: Targets = NO_TARGETS
@@ -112,8 +118,10 @@ class Observation:
 
     @property
     def expected_rate(self) -> float:
-        """Requests per second to reckon with: where arrivals rise beyond chance, they go on rising."""
-        return self.arrival_rate + (self.arrival_trend if self.expects_rise else 0.0)
+        """Requests per second to reckon with: where arrivals rise beyond chance, they go on rising, up to some more than now."""
+        if not self.expects_rise:
+            return self.arrival_rate
+        return max(self.arrival_rate, min(self.arrival_rate + self.arrival_trend, MOST_EXPECTED * self.rate_since_onset))
 
     @property
     def load(self) -> Load:
@@ -139,6 +147,12 @@ class RateTracker:
     _long_rate: float = 0.0
     _added: int = 0
     _finished: int = 0
+    _onset: Onset = field(default_factory=Onset)
+
+    @property
+    def rate_since_onset(self) -> float:
+        """Requests per second since a burst, if there is one, most likely began; 0 once fewer come."""
+        return self._onset.rate(self.arrival_rate)
 
     @property
     def arrival_trend(self) -> float:
@@ -161,6 +175,7 @@ class RateTracker:
                 mean = max(0, new.output_tokens_finished) / finished
                 self._finished += finished
                 self.mean_output_tokens += _share(finished, self._finished) * (mean - self.mean_output_tokens)
+        self._onset.update(now, totals.requests_added, self._long_rate)
         self._last, self._time = totals, now
 
 

@@ -58,6 +58,7 @@ def observe(
         max_running={int(width): most for width, most in statuses[0]["max_running"].items()},
         arrival_rate=rates.arrival_rate,
         arrival_trend=rates.arrival_trend,
+        rate_since_onset=rates.rate_since_onset,
         mean_prompt_tokens=rates.mean_prompt_tokens,
         mean_output_tokens=rates.mean_output_tokens,
         targets=targets,
