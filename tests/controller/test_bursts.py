@@ -91,6 +91,30 @@ def test_the_first_steps_of_a_layout_do_not_mislead() -> None:
         assert of_the_better("response", figures, static) <= 1.08
 
 
+LONG_PROMPTS: dict[int, CostCurve] = {
+    1: CostCurve(0.01445, 0.000614, (0.00296,)), 2: CostCurve(0.01056, 0.000283, (0.00098, 0.00015, 0.00008)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [5.0, 5.8])
+def test_a_burst_of_long_prompts_leaves_the_pair_that_serves_it_better(rate: float) -> None:
+    """A trend added to the rate came to an overload of both layouts, by which the pair was left."""
+    for seed in range(8):
+        phases = [(10.0, 0.5, 64, 32), (30.0, 1.0, 64, 32), (20.0, rate, 512, 8), (20.0, 1.0, 64, 32)]
+        _, static, server = run(LONG_PROMPTS, phases, seed)
+        assert static[1].response > 1.2 * static[2].response
+        assert [len(layout.groups) for _, layout in server.switches] == [1], (seed, server.switches)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_server_that_starts_under_load_finds_the_layout_too(seed: int) -> None:
+    """What requests cost in the pair nobody knew, and by the guess that it is as much as apart it never ran."""
+    costs = {1: CostCurve(0.0113, 0.000143, (0.000675,)), 2: CostCurve(0.0087, 0.000076, (0.0003, 0.00033))}
+    figures, static, server = run(costs, [(60.0, 10.0, 64, 32)], seed)
+    assert static[1].response > 1.2 * static[2].response
+    assert of_the_better("response", figures, static) <= 1.08 and len(server.switches) <= 3, server.switches
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_machine_that_is_slow_at_times_keeps_nobody_in_the_wrong_layout(seed: int) -> None:
     """The pair last ran when everything was slow, and would be quicker again once everything is."""

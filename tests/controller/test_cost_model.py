@@ -112,3 +112,15 @@ def test_a_width_that_has_not_run_costs_what_a_probe_does_not_see_as_well() -> N
     assert few[1] == seen[1], "three steps say nothing yet"
     both = estimates({1: report(1, 500, 0.08, 0.002, 0.002), 2: run})
     assert both[1].step_s == 0.08
+
+
+def test_a_width_that_has_not_run_gets_the_smaller_guess_of_what_its_requests_cost() -> None:
+    """Known: 0.0006 s per request beyond a probe's 0.0002, four times as much. Half of that probe: 0.0007, or 0.0004."""
+    known, unknown = CostCurve.straight(0.010, 0.0002, 0.0002), CostCurve.straight(0.008, 0.0001, 0.0001)
+    reports = {
+        1: {"curve": CostCurve.straight(0.011, 0.0002, 0.0008).to_dict(), "steps": 500, "probe": known.to_dict()},
+        2: {"curve": unknown.to_dict(), "steps": 0, "probe": unknown.to_dict()},
+    }
+    assert estimates(reports)[2] == CostCurve.straight(pytest.approx(0.009), 0.0001, pytest.approx(0.0004))
+    cheaper = {**reports, 1: {**reports[1], "curve": CostCurve.straight(0.011, 0.0002, 0.0001).to_dict()}}
+    assert estimates(cheaper)[2].decode_s == (0.0001,), "never cheaper than its probe"

@@ -229,7 +229,9 @@ def estimates(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, CostCurve]:
     """The curve per width. Where one has hardly run yet: its probe's, and what the others cost beyond their probes.
 
     Else an unknown layout would look cheaper than a known one, by all that a probe doesn't see; and a few first steps
-    don't tell what is a step's and what is its requests'.
+    don't tell what is a step's and what is its requests'. A decoding request may cost as much beyond the probe as in the
+    others, or as many times the probe. The smaller guess is taken: a layout that is too cheap by it runs and is known, one that
+    is too dear would never run.
     """
     curves = {width: CostCurve.from_dict(report["curve"]) for width, report in reports.items()}
     probed = {width: CostCurve.from_dict(report["probe"]) for width, report in reports.items() if report["probe"]}
@@ -240,8 +242,7 @@ def estimates(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, CostCurve]:
     per_decode = sum(max(0.0, curves[width].decode_s[0] - probed[width].decode_s[0]) for width in known) / len(known)
     times_decode = sum(curves[width].decode_s[0] / probed[width].decode_s[0] for width in known) / len(known)
     unknown = {}
-    for width, probe in probed.items():
-        if width not in known:
-            beyond = min(per_decode, max(0.0, times_decode - 1.0) * probe.decode_s[0])
-            unknown[width] = probe.plus(per_step, beyond)
+    for width in probed.keys() - known:
+        probe = probed[width]
+        unknown[width] = probe.plus(per_step, max(0.0, min(per_decode, (times_decode - 1.0) * probe.decode_s[0])))
     return curves | unknown
