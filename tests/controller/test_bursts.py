@@ -173,6 +173,21 @@ def test_engines_whose_first_steps_are_a_bursts_are_left_after_it(probe_noise: f
     assert max(apart) < 30.0 and sum(seconds > 12.0 for seconds in apart) <= 2, apart
 
 
+@pytest.mark.parametrize("seed", [4, 7])
+def test_what_is_known_of_a_layout_does_not_wander_with_the_machine(seed: int) -> None:
+    """After every switch the new layout's steps are held against the old one's; half believed, that made a random walk."""
+    costs = {1: CostCurve(0.0126, 0.000169, (0.000675, 0.00006)), 2: CostCurve(0.0087, 0.000089, (0.00047, 0.00026))}
+    quiet, burst = (50.0, 6.0, 64, 32), (20.0, 22.0, 64, 48)
+    arrivals = poisson([(10.0, 0.5, 64, 32), *[quiet, burst] * 4, quiet], seed)
+    server = SimulatedServer(
+        costs, Layout.of([[0, 1]], 2), Controller(auto), seed=seed, noise=0.3, probe_noise=0.05, pace=jitter(seed)
+    )
+    server.run(arrivals)
+    assert [len(layout.groups) for _, layout in server.switches] == [2, 1] * 4, server.switches
+    merges = [time for time, layout in server.switches if len(layout.groups) == 1]
+    assert max(merge - end for merge, end in zip(merges, (80.0, 150.0, 220.0, 290.0), strict=True)) < 15.0, server.switches
+
+
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_slow_first_steps_are_not_held_against_a_layout(seed: int) -> None:
     """The pair runs first, when all memory is touched for the first time; it is quicker ever after."""

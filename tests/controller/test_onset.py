@@ -38,6 +38,16 @@ def test_before_there_is_a_stretch_nothing_is_known() -> None:
     assert rates([7, 7], usual_rate=1.0) == [0.0, 0.0]
 
 
+def test_after_a_long_rest_the_stretch_begins_with_it() -> None:
+    """In quiet times looks are rare."""
+    onset = Onset()
+    onset.update(0.0, 0, usual_rate=0.1)
+    onset.update(20.0, 2, usual_rate=0.1)
+    assert onset.rate(0.1) == 0.1
+    onset.update(20.5, 12, usual_rate=0.1)
+    assert onset.rate(0.1) == 20.0
+
+
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.floats(0.0, 50.0))
 def test_it_is_the_rate_of_some_stretch_that_was_looked_back_on(arrivals: list[int], usual_rate: float) -> None:
     got = rates(arrivals, usual_rate)[-1]

@@ -90,7 +90,7 @@ def test_a_layout_that_was_learned_at_a_wrong_pace_is_judged_right_after_some_sw
         alone.learn(0, 1, 0.020, pace)  # in which the slowness is over
         alone.curve()
     assert alone.decode_step_s(1) / merged.decode_step_s(1) == pytest.approx(2.0 / 1.4, rel=0.05)
-    for _ in range(4):
+    for _ in range(8):
         for cost, seconds in ((merged, 0.010), (alone, 0.020)):
             pace.layout_changed()
             for _ in range(300):

@@ -65,7 +65,7 @@ def test_no_symbol_is_listed_twice_and_tests_exist() -> None:
 # Members of listed classes by name, which the package names on objects of its own, of Python or of torch.
 NAMED_ELSEWHERE = {
     "add_argument", "append", "barrier", "config", "ctx", "encode", "gather", "generation_config", "inference_mode", "kwargs",
-    "parse_args", "set", "shape", "stop", "timeout",
+    "parse_args", "popleft", "set", "shape", "stop", "timeout",
 }  # fmt: skip
 
 

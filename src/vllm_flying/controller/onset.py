@@ -35,9 +35,9 @@ class Onset:
 
     def update(self, now: float, added: int, usual_rate: float) -> None:
         """So many requests have come since start; `usual_rate` is an average over a longer time, per second."""
-        while self._looks and self._looks[0].time < now - LOOKED_BACK_S:
-            self._looks.popleft()
         self._looks.append(_Look(now, added, usual_rate))
+        while len(self._looks) > 1 and self._looks[1].time <= now - LOOKED_BACK_S:
+            self._looks.popleft()
 
     def rate(self, average: float) -> float:
         """Requests per second in the stretch up to now that is the least like chance; 0 where fewer come by now than on `average`."""

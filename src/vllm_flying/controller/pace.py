@@ -14,8 +14,10 @@ LASTING_SHARE = 1 / 256
 HELD_UP = 4.0
 # Steps of known kinds, in each of two layouts, before their paces are compared.
 COMPARED_STEPS = 128
-# How far what is known of a layout follows such a comparison: the machine may have changed meanwhile.
-TRUST = 0.5
+# How far what is known of a layout follows such a comparison at least. The first is half believed and each later one less: as
+# the machine may have changed meanwhile, what is known would else wander with it, from switch to switch, until a layout
+# looks too quick to be left, or too slow to be chosen again.
+LEAST_TRUST = 0.15
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Pace:
     """Of these to what they usually take, summed up."""
     _left_at: float | None = None
     """The pace at which the layout before was left, until this one's is compared to it."""
+    _comparisons: int = 0
 
     def usual(self, seconds: float, expected: float | None, layout: object = None) -> float:
         """What a step that took `seconds` usually takes; `expected` by what is known of such steps, if enough is."""
@@ -55,7 +58,8 @@ class Pace:
         """
         if self._left_at is None or self._told < COMPARED_STEPS:
             return 1.0
-        factor = (self._ratios / self._told / self._left_at) ** TRUST
+        self._comparisons += 1
+        factor = (self._ratios / self._told / self._left_at) ** max(1.0 / (1 + self._comparisons), LEAST_TRUST)
         self._left_at = None
         self.factor /= factor
         self.lasting /= factor
