@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from importlib import import_module
 from typing import Any
@@ -136,6 +137,40 @@ def test_the_layout_is_named_streamed_or_not() -> None:
     for path in (*ECHOING, "/v1/chat/completions"):
         assert app().post(path, json={}).headers["x-flying-layout"] == "tp2; engines=0,1"
     assert "x-flying-layout" not in app().post("/v1/embeddings", json={"parallelism_hint": "fast"}).headers
+
+
+@pytest.mark.parametrize("engines", [[(0, 1)], [(0,), (1,)]])
+def test_a_streams_head_goes_ahead_of_its_first_token(engines: list[tuple[int, ...]]) -> None:
+    """And names all engines that its answers were sent to by then."""
+    sent: list[Any] = []
+
+    async def main() -> None:
+        head_is_out = asyncio.Event()
+
+        async def stream(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            record = served_layouts.get()
+            for group in engines:
+                assert record is not None and not sent
+                record.add(group, len(group))
+                await asyncio.sleep(0)
+            await head_is_out.wait()
+            await send({"type": "http.response.body", "body": b"data: {}"})
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            head_is_out.set()
+
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+        await asyncio.wait_for(ParallelismHintMiddleware(stream)(scope, receive, send), timeout=10)
+
+    asyncio.run(main())
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    named = dict(sent[0]["headers"])[b"x-flying-layout"].decode()
+    assert named == " | ".join(f"tp{len(group)}; engines={','.join(map(str, group))}" for group in engines)
 
 
 def test_nothing_happens_while_the_plugin_is_off() -> None:

@@ -6,6 +6,7 @@ context, adds the group of every engine request made for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -18,11 +19,15 @@ class ServedLayouts:
 
     layouts: list[tuple[Group, int]] = field(default_factory=list)
     """(engines, tensor-parallel degree)"""
+    on_add: Callable[[], None] | None = None
+    """Called after every change."""
 
     def add(self, engines: Group, degree: int) -> None:
         """Note a group."""
         if (engines, degree) not in self.layouts:
             self.layouts.append((engines, degree))
+            if self.on_add is not None:
+                self.on_add()
 
     def header(self) -> str:
         """Value of `x-flying-layout`, such as `tp2; engines=0,1`."""

@@ -7,6 +7,7 @@ the header `X-Parallelism-Hint`; it is handed on in `vllm_xargs`, vLLM's own pla
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -23,6 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 HINT_HEADER = b"x-parallelism-hint"
 LAYOUT_HEADER = b"x-flying-layout"
+# From the first engine request of an HTTP request to its response's head: several answers go to several engines.
+ROUTED_WITHIN_S = 0.005
 
 
 class ParallelismHintMiddleware:
@@ -49,35 +52,57 @@ class ParallelismHintMiddleware:
         headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
         scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         record = ServedLayouts()
-        token = served_layouts.set(record)
+        token, response = served_layouts.set(record), _LayoutHeader(send, record)
         try:
-            await self.app(scope, _replay(body, receive), _LayoutHeader(send, record))
+            await self.app(scope, _replay(body, receive), response)
         finally:
             served_layouts.reset(token)
+            response.close()
 
 
 class _LayoutHeader:
     """Adds `x-flying-layout` to the response.
 
-    A streamed response starts before its request is routed: its start is held back until the first part of the body
-    comes, so that the header can be set. The first part comes with the first token, so nothing is delayed.
+    A streamed response starts before its request is routed: its start is held back until then, and goes ahead of the first
+    token, as vLLM's does, so that nobody deals with headers while the token waits.
     """
 
     def __init__(self, send: Send, record: ServedLayouts) -> None:
         self._send = send
         self._record = record
         self._held: Message | None = None
+        self._sending = asyncio.Lock()
+        self._soon: asyncio.Task[None] | None = None
+        record.on_add = self._start_soon
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._held = message
             return
-        if self._held is not None:
+        await self._start()
+        await self._send(message)
+
+    def close(self) -> None:
+        """The response is over."""
+        if self._soon is not None:
+            self._soon.cancel()
+
+    def _start_soon(self) -> None:
+        if self._soon is None:
+            self._soon = asyncio.create_task(self._start_once_routed())
+
+    async def _start_once_routed(self) -> None:
+        await asyncio.sleep(ROUTED_WITHIN_S)
+        await self._start()
+
+    async def _start(self) -> None:
+        async with self._sending:
             start, self._held = self._held, None
+            if start is None:
+                return
             if self._record.layouts:
                 start["headers"] = [*start.get("headers", []), (LAYOUT_HEADER, self._record.header().encode())]
             await self._send(start)
-        await self._send(message)
 
 
 def _with_wishes(body: bytes, header: str | None) -> bytes:
