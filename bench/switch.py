@@ -38,13 +38,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="switches per pair of layouts and case")
     parser.add_argument("--requests", type=int, default=8, help="requests in flight in the loaded cases")
+    parser.add_argument("--shape", type=int, nargs=2, default=(64, 64), metavar=("IN", "OUT"),
+                        help="tokens of theirs; what comes in its turn has a prompt for which others wait too")  # fmt: skip
     parser.add_argument("--engines", type=int, default=2, choices=(2, 4, 8))
     parser.add_argument("--methods", nargs="+", default=["migrate", "pause"], help="of switches under load")
     add_model_options(parser)
     add_server_options(parser)
     arguments = parser.parse_args()
     layouts = uniform_layouts(arguments.engines)
-    pairs, in_flight = every_pair(layouts), f"{arguments.requests} requests"
+    pairs, shape = every_pair(layouts), arguments.shape
+    in_flight = f"{arguments.requests} requests of {shape[0]} / {shape[1]}"
     cases: dict[str, list[Record]] = {}
     gaps: dict[str, dict[str, float]] = {}
     parts = 1 + (2 + len(arguments.methods)) * arguments.repeats + len(layouts)
@@ -56,13 +59,13 @@ def main() -> None:
         unswitched: list[Clients] = []
         for groups in layouts:
             server.switch(groups)
-            with Clients(server, arguments.requests) as clients:
+            with Clients(server, arguments.requests, *shape) as clients:
                 time.sleep(UNSWITCHED_S)
             unswitched.append(clients)
             gaps[f"{groups}, no switch"] = clients.gaps()
             done(f"{in_flight} in {groups}")
         for method in arguments.methods:
-            with Clients(server, arguments.requests) as clients:
+            with Clients(server, arguments.requests, *shape) as clients:
                 records = measure(server, done, pairs, arguments.repeats, method, pause_s=1.0)
                 server.switch(layouts[0], method="migrate", timeout_s=120)  # where paused requests go on
             for index, record in enumerate(records):
