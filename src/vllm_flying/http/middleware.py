@@ -24,8 +24,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 HINT_HEADER = b"x-parallelism-hint"
 LAYOUT_HEADER = b"x-flying-layout"
-# From the first engine request of an HTTP request to its response's head: several answers go to several engines.
-ROUTED_WITHIN_S = 0.005
+# Passes of the event loop from the last engine request of an HTTP request to its response's head: several answers go to
+# several engines, one after the other. No time: the head's work is done while the engine takes the request, not in its step.
+ROUTED_WITHIN = 5
 
 
 class ParallelismHintMiddleware:
@@ -92,7 +93,12 @@ class _LayoutHeader:
             self._soon = asyncio.create_task(self._start_once_routed())
 
     async def _start_once_routed(self) -> None:
-        await asyncio.sleep(ROUTED_WITHIN_S)
+        routed, passes = 0, 0
+        while passes < ROUTED_WITHIN:
+            if len(self._record.layouts) > routed:
+                routed, passes = len(self._record.layouts), 0
+            passes += 1
+            await asyncio.sleep(0)
         await self._start()
 
     async def _start(self) -> None:
